@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ifeq ($(OS),Windows_NT)
+PYTHON := python
+BIN := .venv/Scripts
+endif
+READY := .venv/ready
+
+.PHONY: help run test lab refresh bench faults mutation
+
+help:     ## this list
+	@grep -E "^[a-z]+: .*##" Makefile | sed -E "s/:[^#]*## /:	/"
+
+run: $(READY)  ## execute every notebook in order; copies and HTML pages go to build/
+	$(BIN)/python scripts/run_notebooks.py
+
+test: $(READY)  ## check every output, every figure and the helpers
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## open the series in JupyterLab
+	$(BIN)/python -m jupyter lab --notebook-dir=notebooks
+
+refresh: $(READY)  ## for maintainers: make the committed outputs, figures, results and tables anew
+	$(BIN)/python scripts/draw_concepts.py
+	$(BIN)/python scripts/run_notebooks.py --in-place
+	$(BIN)/python scripts/write_readme.py
+
+faults: $(READY)  ## plant one fault of each kind in a copy; the tests must catch them all
+	$(BIN)/python tests/plant_faults.py
+
+mutation: $(READY)  ## change lrf_utils.py line by line; the tests must notice
+	$(BIN)/python -m pip install --quiet mutmut
+	$(BIN)/python -m mutmut run
+	$(BIN)/python -m mutmut results
+
+bench: $(READY)  ## speed of rank_sweep, as ratios
+	$(BIN)/python scripts/benchmark.py
+
+# The stamp is written last: a set-up that was cut off is taken up again.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -c "open('$(READY)', 'w').close()"

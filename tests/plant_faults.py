@@ -1,0 +1,183 @@
+"""Plant one fault of each kind in a copy of the repository, and report which ones the tests catch.
+
+Each fault is planted alone, and only the tests that should catch it are run: the checks of the documents, or those and
+one notebook. The first entry plants nothing and must pass. Exits with 1 when a fault was missed.
+"""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = "notebooks/03_factorize_layers.ipynb"
+DOCUMENTS = ["tests/test_documents.py"]
+OUTPUTS = [NOTEBOOK, "tests/test_results.py"]
+HELPERS = ["tests/test_lrf_utils.py", "tests/test_properties.py"]
+
+
+def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """A fault: the first ``old`` in the file becomes ``new``."""
+
+    def plant(folder: Path) -> None:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert old in text, f"{name} holds no {old!r}"
+        (folder / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return plant
+
+
+def edit(change: Callable[[nbformat.NotebookNode], None]) -> Callable[[Path], None]:
+    """A fault: ``change`` is applied to the notebook."""
+
+    def plant(folder: Path) -> None:
+        notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+        before = copy.deepcopy(notebook)
+        change(notebook)
+        assert notebook != before, "the fault changes nothing"
+        nbformat.write(notebook, folder / NOTEBOOK)
+
+    return plant
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in code(notebook) for output in cell.outputs]
+
+
+def picture(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    return next(output for output in outputs(notebook) if "image/png" in output.get("data", {}))
+
+
+def in_outputs(pattern: str, new: str | Callable[[re.Match], str]) -> Callable[[Path], None]:
+    """A fault: the first match of ``pattern`` in the stored text of an output changes."""
+
+    def change(notebook: nbformat.NotebookNode) -> None:
+        for output in outputs(notebook):
+            holder, keys = (output, ["text"]) if "text" in output else (output.data, list(output.get("data", {})))
+            for key in keys:
+                if key != "image/png" and re.search(pattern, holder[key]):
+                    holder[key] = re.sub(pattern, new, holder[key], count=1)
+                    return
+        raise AssertionError(f"no output matches {pattern}")
+
+    return edit(change)
+
+
+def in_source(old: str, new: str) -> Callable[[Path], None]:
+    def change(notebook: nbformat.NotebookNode) -> None:
+        cell = next(cell for cell in code(notebook) if old in cell.source)
+        cell.source = cell.source.replace(old, new)
+
+    return edit(change)
+
+
+def add_output(**fields: object) -> Callable[[Path], None]:
+    return edit(lambda nb: code(nb)[1].outputs.append(nbformat.v4.new_output(**fields)))
+
+
+def add_text(text: str) -> Callable[[Path], None]:
+    return edit(lambda nb: nb.cells.append(nbformat.v4.new_markdown_cell(text)))
+
+
+def delete_output(notebook: nbformat.NotebookNode) -> None:
+    next(cell for cell in code(notebook) if cell.outputs).outputs.pop()
+
+
+def clear(notebook: nbformat.NotebookNode) -> None:
+    for cell in code(notebook):
+        cell.outputs, cell.execution_count = [], None
+
+
+def stream(text: str, name: str = "stdout") -> Callable[[Path], None]:
+    return add_output(output_type="stream", name=name, text=text)
+
+
+FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
+    ("nothing (must pass)", lambda folder: None, [*DOCUMENTS, *OUTPUTS, *HELPERS]),
+    ("a word of a stored output", in_outputs("must be an int", "must be an integer"), OUTPUTS),
+    ("an exact integer of a stored output, by one", in_outputs(r"\b235146\b", "235147"), OUTPUTS),
+    ("a measured number beyond its tolerance", in_outputs(r"from 97\.(\d)", r"from 96.\1"), OUTPUTS),
+    ("a stored output deleted", edit(delete_output), OUTPUTS),
+    ("a whole notebook cleared", edit(clear), DOCUMENTS),
+    ("a picture no longer drawn", in_source("lrf.show(fig, alt=", "print("), OUTPUTS),
+    ("a picture drawn from other numbers", in_source("ours[column], style", "1.1 * ours[column], style"), OUTPUTS),
+    ("another picture's alt text", edit(lambda nb: picture(nb).metadata["image/png"].update(alt="A cat.")), OUTPUTS),
+    ("a measured number typed into a notebook", add_text("The accuracy is 97.24 %."), DOCUMENTS),
+    ("a measured whole percentage typed into a notebook", add_text("It loses 3 pp."), DOCUMENTS),
+    (
+        "a measured time typed into the README",
+        replace("README.md", "## Cite", "It runs in 12 s.\n\n## Cite"),
+        DOCUMENTS,
+    ),
+    ("a number of the README's table", replace("README.md", "97.24 %", "97.25 %"), DOCUMENTS),
+    ("a number of a results table", replace("results/demo_ranks.csv", ",34.73", ",35.73"), OUTPUTS),
+    ("cells executed out of order", edit(lambda nb: code(nb)[2].update(execution_count=99)), DOCUMENTS),
+    ("stderr", stream("careful", "stderr"), DOCUMENTS),
+    ("a warning", stream("UserWarning: careful"), DOCUMENTS),
+    ("a widget", edit(lambda nb: nb.metadata.update(widgets={})), DOCUMENTS),
+    ("an error output", add_output(output_type="error", ename="E", evalue="e", traceback=[]), DOCUMENTS),
+    ("an SVG output", add_output(output_type="display_data", data={"image/svg+xml": "<svg/>"}), DOCUMENTS),
+    ("a machine's path", stream("saved to /home/me/model.pt"), DOCUMENTS),
+    ("a notebook over 500 KB", add_text("word " * 101_000), DOCUMENTS),
+    ("a picture in Markdown without alt text", add_text("![](../images/lrf.png)"), DOCUMENTS),
+    ("a picture in an output without alt text", edit(lambda nb: picture(nb).metadata.clear()), DOCUMENTS),
+    ("a link to a missing file", add_text("[next](99_nothing.ipynb)"), DOCUMENTS),
+    ("a link to a file in the wrong case", add_text("![drawing](../images/LRF.png)"), DOCUMENTS),
+    ("a link to a missing heading", add_text("[there](01_svd_theory.ipynb#nothing-here)"), DOCUMENTS),
+    ("a reference without an address", add_text("## References\n\n- A. Nobody (2020), *Nothing*."), DOCUMENTS),
+    (
+        "a cell whose output is ignored",
+        edit(lambda nb: code(nb)[3].metadata.update(tags=["nbval-ignore-output"])),
+        DOCUMENTS,
+    ),
+    ("a wrong rank check", replace("lrf_utils.py", "1 <= rank <= min", "0 <= rank <= min"), HELPERS),
+    ("unbalanced factors", replace("lrf_utils.py", "S[:rank].sqrt()", "S[:rank]"), HELPERS),
+    ("a lost bias", replace("lrf_utils.py", "up.bias.copy_(layer.bias)", "up.bias.zero_()"), HELPERS),
+    ("settling too early", replace("lrf_utils.py", "1.01 * distance_at", "0.4 * distance_at"), HELPERS),
+    ("other pixels", replace("lrf_utils.py", "0.1307", "0.1317"), HELPERS),
+]
+
+
+def caught(plant: Callable[[Path], None], tests: list[str]) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "copy"
+        shutil.copytree(
+            ROOT, folder, ignore=shutil.ignore_patterns(".venv", "build", ".git", "__pycache__", "*.egg-info")
+        )
+        plant(folder)
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=short", *tests],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+        )
+        return run.returncode != 0, run.stdout
+
+
+def main() -> int:
+    wrong = 0
+    for name, plant, tests in FAULTS:
+        failed, report = caught(plant, tests)
+        right = failed != name.startswith("nothing")
+        wrong += not right
+        print(f"{'ok    ' if right else 'WRONG '} {'caught' if failed else 'passed'}: {name}", flush=True)
+        if not right:
+            print(report[-3000:])
+    print(f"{len(FAULTS) - wrong} of {len(FAULTS)} as expected")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+"""What can be checked without running a notebook: every notebook and Markdown file, as they are committed."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+from scripts.write_readme import fill
+from tests.compare import TOLERANCES
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
+
+KNOWN_TAGS = {*TOLERANCES, "raises-exception"}
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|private|mnt|usr)/|[A-Z]:\\")
+UNIT = r"\s?(?:%|pp\b|ms\b|µs\b|s\b|seconds?\b|minutes?\b|times\b|×(?!\s?\d)|images?\b|mistakes?\b|percent\b)"
+MEASURED = re.compile(rf"(?<![\w.,/–×-])[-−]?(?!10\.\d{{4}}/)\d[\d,]*(?:\.\d+|(?:\.\d+)?{UNIT})(?:{UNIT})?")
+# Numbers in the text that look measured and are not, each with the reason why it may be typed.
+NOT_MEASURED = {
+    "0 s": "an exact zero",
+    "60,000 images": "size of MNIST",
+    "10,000 images": "size of MNIST",
+    "10,000 test images": "size of MNIST",
+    "70,000 images": "size of MNIST",
+    "85.33": "exact: 256 · 128 / (256 + 128)",
+    "0.16 pp": "exact: the binomial standard error at 97.5 % of 10,000",
+    "1.5 times": "exact: 128 · (128 + 256) weights against 128 · 256",
+    "20 times": "how often an experiment is repeated",
+    "10.5": "number of a theorem",
+    "2,000 images": "how many an experiment takes",
+    "97.5 %": "an accuracy that stands as an example",
+    "90 %": "a common rule of thumb",
+    "0.05 pp": "a goal in an exercise",
+    "0.001": "a learning rate",
+    "8 times": "exact: the MAC ratio at rank width / 16",
+    "85 times": "exact: 32,768 weights against 384",
+    "4.0": "version of a licence",
+    "3.0": "version of a licence",
+    "3.11": "version of Python",
+}
+
+
+def prose(markdown: str) -> str:
+    """Markdown without code, mathematics, addresses, references and generated parts."""
+    markdown = re.sub(r"<!-- (\w+) -->.*?<!-- end \1 -->", " ", markdown, flags=re.DOTALL)
+    markdown = re.split(r"^## References", markdown, flags=re.MULTILINE)[0]
+    for pattern in (
+        r"```.*?```",
+        r"\$\$.*?\$\$",
+        r"`[^`]*`",
+        r"\$[^$]*\$",
+        r"\]\([^)]*\)",
+        r"\*\*It takes\*\* under \d+ s",
+    ):
+        markdown = re.sub(pattern, " ", markdown, flags=re.DOTALL)
+    return markdown
+
+
+def typed_numbers(markdown: str) -> list[str]:
+    """Numbers in the text that look measured."""
+    found = (match.group().strip() for match in MEASURED.finditer(prose(markdown)))
+    return [f"a number typed by hand that looks measured: {n!r}" for n in found if n not in NOT_MEASURED]
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join(
+            cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown"
+        )
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(markdown: str, folder: Path) -> list[str]:
+    problems = []
+    for bang, label, address in re.findall(
+        r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
+    ):
+        if bang and not label.strip():
+            problems.append(f"a picture without alt text: {address}")
+        if re.match(r"https?://|mailto:", address):
+            continue
+        name, _, heading = address.partition("#")
+        target = (folder / name).resolve()
+        # Comparing with the listing, since some file systems ignore upper and lower case.
+        if name and (not target.exists() or target.name not in {p.name for p in target.parent.iterdir()}):
+            problems.append(f"a link to a file that is not there: {address}")
+        elif heading and name and heading not in headings(target):
+            problems.append(f"a link to a heading that is not there: {address}")
+    return problems
+
+
+def bare_references(markdown: str) -> list[str]:
+    _, _, section = markdown.partition("## References")
+    entries = re.findall(r"^- .*$", section.split("\n## ")[0], flags=re.MULTILINE)
+    return [f"a reference without DOI, arXiv number or address: {e}" for e in entries if not re.search(r"https?://", e)]
+
+
+def blank(png: str) -> bool:
+    low_high = Image.open(io.BytesIO(base64.b64decode(png))).convert("L").getextrema()
+    return low_high[0] == low_high[1]
+
+
+def output_problems(output: nbformat.NotebookNode, may_fail: bool) -> list[str]:
+    problems = []
+    data = output.get("data", {})
+    if output.output_type == "error" and not may_fail:
+        problems.append("an error output")
+    if output.get("name") == "stderr":
+        problems.append("stderr output")
+    if "Warning" in output.get("text", ""):
+        problems.append("a warning in the output")
+    for kind in data:
+        if "svg" in kind or "widget" in kind or "javascript" in kind:
+            problems.append(f"an output of a kind that GitHub does not show: {kind}")
+    if "image/png" in data:
+        if not output.metadata.get("image/png", {}).get("alt"):
+            problems.append("a picture without alt text in its metadata")
+        if not str(data.get("text/plain", "")).startswith("axes "):
+            problems.append("a picture without the numbers that it draws; display it with lrf.show")
+        if blank(data["image/png"]):
+            problems.append("an empty picture")
+    if MACHINE_PATH.search(output.get("text", "") + str({k: v for k, v in data.items() if k != "image/png"})):
+        problems.append("a machine's path in the output")
+    return problems
+
+
+def notebook_problems(path: Path) -> list[str]:
+    """Everything that is wrong with a committed notebook, with the number of the cell."""
+    text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    problems = []
+    if len(text.encode()) > 500_000:
+        problems.append(f"{len(text.encode()) // 1000} KB, more than 500")
+    if "widgets" in notebook.metadata:
+        problems.append("metadata.widgets, which GitHub cannot show")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        problems.append("not executed in order from a fresh kernel")
+    if not any(cell.outputs for cell in code):
+        problems.append("no outputs at all")
+    for number, cell in enumerate(notebook.cells):
+        found = []
+        if cell.cell_type == "markdown":
+            found += typed_numbers(cell.source) + broken_links(cell.source, path.parent) + bare_references(cell.source)
+        if cell.cell_type == "code":
+            tags = set(cell.metadata.get("tags", []))
+            found += [f"an unknown tag: {tag}" for tag in tags - KNOWN_TAGS]
+            if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", cell.source):
+                found.append("a comment that makes nbval skip or ignore the cell")
+            if cell.source.rstrip().endswith(";"):
+                found.append("ends with a semicolon")
+            if len(cell.source.splitlines()) > 30:
+                found.append("more than 30 lines of code")
+            for output in cell.outputs:
+                found += output_problems(output, "raises-exception" in tags)
+        problems += [f"cell {number}: {problem}" for problem in found]
+    return problems
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_in_order(path):
+    assert not notebook_problems(path), "\n".join(notebook_problems(path))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_page_is_in_order(path):
+    text = path.read_text(encoding="utf-8")
+    problems = typed_numbers(text) + broken_links(text, path.parent) + bare_references(text)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_time_to_run_is_the_measured_one(path):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    promised = int(
+        re.search(r"\*\*You need\*\* .*\*\*You will learn\*\* .*\*\*It takes\*\* under (\d+) s", first).group(1)
+    )
+    seconds = pd.read_csv(ROOT / "results" / "run_times.csv").set_index("notebook")["seconds"]
+    assert seconds[path.stem] < promised
+
+
+def test_readme_is_what_the_results_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == fill(readme), "README.md differs from results/ and notebooks/; run make refresh"

@@ -1,0 +1,39 @@
+"""What the notebooks just wrote against what is committed. Needs a run of the notebooks, as in ``make test``."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.compare import TOLERANCES
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted(p.name for p in (ROOT / "results").glob("*.csv") if p.name != "run_times.csv")
+TIMES = r"µs|\bms\b|seconds|speed-up|spread \(%\)"  # columns that hold times
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """The folder that the notebooks of this session write to."""
+    return Path(os.environ["LRF_OUT"]) / "results"
+
+
+def test_every_table_is_committed_and_nothing_else(request, fresh):
+    run = {item.path for item in request.session.items if item.path.suffix == ".ipynb"}
+    if run != set((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
+        pytest.skip("not all notebooks were run in this session")
+    assert sorted(path.name for path in fresh.glob("*.csv")) == TABLES
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_what_the_run_gives(name, fresh):
+    if not (fresh / name).exists():
+        pytest.skip("the notebook that writes it was not run in this session")
+    stored, new = (pd.read_csv(folder / name) for folder in (ROOT / "results", fresh))
+    times = stored.columns[stored.columns.str.contains(TIMES)]
+    pd.testing.assert_frame_equal(
+        new.drop(columns=times), stored.drop(columns=times), rtol=0, atol=TOLERANCES["evaluated"]
+    )
+    assert list(new.columns) == list(stored.columns)
+    assert (new[times] >= 0).all(axis=None)
