@@ -46,6 +46,6 @@ def difference(stored: str, new: str, tags: Iterable[str] = ()) -> str | None:
         a, b = (float(number.replace("−", "-")) for number in (was, now))
         # One unit in the last digit is rounding; the factor keeps 97.28 and 97.29 within it in binary arithmetic.
         tolerance = max(widest, 1.001 * last_digit(was), 1.001 * last_digit(now))
-        if abs(a - b) > tolerance or (a < 0) != (b < 0) and widest == math.inf:
+        if abs(a - b) > tolerance or ((a < 0) != (b < 0) and widest == math.inf):
             return f"a number differs by more than {tolerance:.3g}: stored {was}, now {now}"
     return None

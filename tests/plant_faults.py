@@ -110,7 +110,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("a measured number beyond its tolerance", in_outputs(r"from 97\.(\d)", r"from 96.\1"), OUTPUTS),
     ("a stored output deleted", edit(delete_output), OUTPUTS),
     ("a whole notebook cleared", edit(clear), DOCUMENTS),
-    ("a picture no longer drawn", in_source("lrf.show(fig, alt=", "print("), OUTPUTS),
+    ("a picture no longer drawn", in_source("lrf.show(", "_ = dict(figure="), OUTPUTS),
     ("a picture drawn from other numbers", in_source("ours[column], style", "1.1 * ours[column], style"), OUTPUTS),
     ("another picture's alt text", edit(lambda nb: picture(nb).metadata["image/png"].update(alt="A cat.")), OUTPUTS),
     ("a measured number typed into a notebook", add_text("The accuracy is 97.24 %."), DOCUMENTS),
