@@ -229,7 +229,7 @@ def train(
                     print(f"\r{progress}: epoch {epoch}/{epochs}, batch {step}/{steps}", end="", flush=True)
             history.append({"epoch": epoch, "loss": loss_sum / len(x), "accuracy": correct / len(x)})
     if progress:
-        print(f", training loss {history[-1]['loss']:.3f}")
+        print(f", training accuracy {100 * history[-1]['accuracy']:.2f} %")
     model.eval()
     return history
 

@@ -603,7 +603,7 @@ def test_progress_is_one_line_that_counts_the_batches(monkeypatch, capsys):
     history = lrf.train(model, x, y, epochs=2, seed=0, batch_size=1, progress="seed 0")
     lines = [f"\rseed 0: epoch {e}/2, batch {b}/101" for e in (1, 2) for b in (50, 100, 101)]
     assert screen.seen == ["".join(lines[: i + 1]) for i in range(6)]
-    assert screen.getvalue() == "".join(lines) + f", training loss {history[-1]['loss']:.3f}\n"
+    assert screen.getvalue() == "".join(lines) + f", training accuracy {100 * history[-1]['accuracy']:.2f} %\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
