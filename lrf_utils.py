@@ -310,18 +310,122 @@ def break_even_rank(out_features: int, in_features: int) -> int:
     return (m * n - 1) // (m + n)
 
 
-def factorize_linear(layer: nn.Linear, rank: int) -> nn.Sequential:
+class Statistics(NamedTuple):
+    """What calibration data say about one linear layer; float64."""
+
+    mean: Tensor  # (n,): of its inputs
+    covariance: Tensor  # (n, n): of its inputs, centred
+    metric: Tensor | None = None  # (m, m): E[g gᵀ], g the gradient of the loss at its output
+
+
+def layer_statistics(
+    model: nn.Module, names: Iterable[str], inputs: Tensor | Iterable[Tensor], *, temperature: float | None = None
+) -> dict[str, Statistics]:
+    """Statistics of the named linear layers over calibration inputs of ``model``, in one pass.
+
+    Args:
+        inputs: a tensor (N, …) or, where the data do not fit in memory, an iterable of such batches.
+        temperature: with one, also the loss metric: the covariance of the gradient of the cross-entropy, at every class
+            in turn, weighted by its probability under softmax(logits / temperature). This needs no labels.
+
+    Source: Martens & Grosse (2015), arXiv:1503.05671; the metric is their output factor, summed instead of sampled.
+    """
+    layers = {name: _named_linear(model, name) for name in names}
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    sums = {name: [torch.zeros(*size).double() for size in ((n,), (n, n), (m, m))] for name, (m, n) in shapes.items()}
+    rows, images = dict.fromkeys(layers, 0), 0
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda module, args, output: seen.update({name: (args[0].detach(), output)})
+
+    with contextlib.ExitStack() as hooks, _evaluating(model), torch.set_grad_enabled(temperature is not None):
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(remember(name)))
+        for batch in inputs.split(1000) if isinstance(inputs, Tensor) else inputs:
+            _check_inputs(model, batch)
+            logits = model(batch)
+            images += len(batch)
+            for name, (x, _) in seen.items():
+                x = x.flatten(0, -2).double()
+                rows[name] += len(x)
+                sums[name][0] += x.sum(0)
+                sums[name][1] += x.T @ x
+            for c in range(logits.shape[1]) if temperature is not None and layers else ():
+                softened = (logits / temperature).log_softmax(1)
+                gradients = torch.autograd.grad(-softened[:, c].sum(), [seen[n][1] for n in layers], retain_graph=True)
+                weight = softened[:, c].detach().exp().sqrt()
+                for name, g in zip(layers, gradients):
+                    g = (g.flatten(1) * weight[:, None]).view(g.shape).flatten(0, -2).double()
+                    sums[name][2] += g.T @ g
+    if images == 0:
+        raise ValueError("inputs is empty; give at least one batch")
+    result = {}
+    for name, (total, second, gradient) in sums.items():
+        mean = total / rows[name]
+        metric = None if temperature is None else gradient / images
+        result[name] = Statistics(mean, second / rows[name] - torch.outer(mean, mean), metric)
+    return result
+
+
+def _response(weight: Tensor, statistics: Statistics, damping: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G^½, G^-½, and the eigenvalues (largest first) and eigenvectors of G^½ W C Wᵀ G^½.
+
+    C is the covariance of the inputs; G the damped metric, or the identity. The sum of the eigenvalues beyond the r-th
+    is the least error, E‖G^½ (W - W_r) x‖², that a rank-r W_r leaves.
+    """
+    m, n = weight.shape
+    if statistics.covariance.shape != (n, n) or (statistics.metric is not None and statistics.metric.shape != (m, m)):
+        raise ValueError(f"these statistics are not those of a layer with a {m}×{n} weight")
+    W, root, inverse = weight.detach().cpu().double(), torch.eye(m).double(), torch.eye(m).double()
+    if statistics.metric is not None:
+        level = statistics.metric.diagonal().mean()
+        if not (damping > 0 and level > 0):
+            raise ValueError(f"the damping and the metric must be positive, got {damping} and a mean of {level}")
+        values, Q = torch.linalg.eigh(statistics.metric + damping * level * torch.eye(m))
+        root, inverse = Q * values.sqrt() @ Q.T, Q * values.rsqrt() @ Q.T
+    values, vectors = torch.linalg.eigh(root @ W @ statistics.covariance @ W.T @ root)
+    return root, inverse, values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def factorize_linear(
+    layer: nn.Linear, rank: int, *, inputs: Tensor | Iterable[Tensor] | Statistics | None = None, damping: float = 0.1
+) -> nn.Sequential:
     """Two linear layers, ``Linear(n, rank, bias=False)`` and ``Linear(rank, m)``, in place of one ``Linear(n, m)``.
 
     They keep the layer's bias, dtype, device and mode. At full rank, min(m, n), they compute what it computes.
 
+    Args:
+        inputs: what the layer is fed with, (N, n), in one tensor or in batches; or its ``Statistics``. With them, not
+            the error of the weight is least but that of the *output* on such inputs, in the statistics' metric if they
+            have one, and the bias makes up for the mean of what is lost. A layer without a bias stays without one.
+        damping: added to the metric's diagonal, as a share of its mean.
+
     Raises:
         TypeError: ``layer`` is not exactly an ``nn.Linear``, or ``rank`` is not an int.
-        ValueError: ``rank`` is out of range, or the weight holds NaN or infinity.
+        ValueError: ``rank`` is out of range, the weight holds NaN or infinity, or ``inputs`` do not fit the layer.
+
+    Source: Zhang, Zou, He & Sun (2016), arXiv:1505.06798, for the response PCA.
     """
     if type(layer) is not nn.Linear:  # a subclass may compute something else
         raise TypeError(f"only an nn.Linear can be factorized, got {type(layer).__name__}")
-    return _as_layers(*truncated_svd(layer.weight, rank), layer)
+    A, B = truncated_svd(layer.weight, rank)
+    if inputs is None:
+        return _as_layers(A, B, layer)
+    statistics = inputs if isinstance(inputs, Statistics) else layer_statistics(layer, [""], inputs)[""]
+    if layer.bias is None:  # nothing can make up for the mean, so it counts as part of the error
+        second_moment = statistics.covariance + torch.outer(statistics.mean, statistics.mean)
+        statistics = statistics._replace(covariance=second_moment)
+    root, inverse, _, vectors = _response(layer.weight, statistics, damping)
+    W, U = layer.weight.detach().cpu().double(), vectors[:, :rank]
+    projected = inverse @ U @ (U.T @ (root @ W))
+    pair = _as_layers(*truncated_svd(projected, rank), layer)
+    if layer.bias is not None:
+        with torch.no_grad():
+            pair[1].bias += ((W - projected) @ statistics.mean).to(layer.bias)
+    return pair
 
 
 def _as_layers(A: Tensor, B: Tensor, layer: nn.Linear) -> nn.Sequential:
@@ -349,19 +453,90 @@ def _named_linear(model: nn.Module, name: str) -> nn.Linear:
     return linears[name]
 
 
-def factorize(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+def factorize(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    temperature: float | None = None,
+    damping: float = 0.1,
+) -> nn.Module:
     """A copy of ``model`` in which each layer named in ``ranks`` is replaced by ``factorize_linear(layer, rank)``.
 
     Names are those of ``model.named_modules()``. Everything is checked before anything is copied; ``model`` itself
     is never changed.
+
+    Args:
+        inputs: calibration inputs of the *model*, in one tensor or in batches. With them, each layer keeps its output
+            on such inputs, rather than its weight; ``temperature`` adds the loss metric (``layer_statistics``).
 
     Raises:
         KeyError: no module has that name.
         TypeError, ValueError: as in ``factorize_linear``.
     """
     layers = {name: _named_linear(model, name) for name in ranks}
+    for name, layer in layers.items():
+        _check_rank(ranks[name], layer.weight.shape)
+    statistics = layer_statistics(model, layers, inputs, temperature=temperature) if inputs is not None else {}
+    pairs = {
+        id(layer): factorize_linear(layer, ranks[name], inputs=statistics.get(name), damping=damping)
+        for name, layer in layers.items()
+    }
     # deepcopy looks up by id what it has copied already: so each pair takes its layer's place wherever that is used.
-    return copy.deepcopy(model, {id(layer): factorize_linear(layer, ranks[name]) for name, layer in layers.items()})
+    return copy.deepcopy(model, pairs)
+
+
+def allocate_ranks(
+    model: nn.Module,
+    budget: int,
+    *,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    temperature: float | None = None,
+    damping: float = 0.1,
+) -> dict[str, int]:
+    """Ranks with which the linear layers of ``model`` hold at most ``budget`` weights, at the least predicted error.
+
+    The weights of a linear layer are also its MACs per input row, so it serves either budget; biases, and modules that
+    are not linear, do not count. A layer that is not in the result stays dense; no rank makes a layer larger. The
+    prediction adds up, over the layers, what each rank leaves out: of the squared singular values, as a share of the
+    layer's, without ``inputs``; of the output or, with ``temperature``, of the loss with them (``factorize_linear``).
+    The choice is the exact optimum of that prediction, by dynamic programming over the layers.
+
+    Raises:
+        ValueError: even rank 1 everywhere exceeds the budget.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    statistics = layer_statistics(model, layers, inputs, temperature=temperature) if inputs is not None else {}
+    cost, error, choices = torch.zeros(1, dtype=torch.long), torch.zeros(1).double(), []
+    for name, layer in layers.items():
+        m, n = layer.weight.shape
+        ranks = torch.arange(1, break_even_rank(m, n) + 1)
+        if inputs is None:
+            terms = torch.linalg.svdvals(layer.weight.detach().cpu().double()).square()
+            terms = terms / terms.sum()
+        else:
+            terms = _response(layer.weight, statistics[name], damping)[2]
+        left = terms.sum() - terms.cumsum(0)
+        # Options: every rank that saves, and dense. All combinations with the best of the layers so far …
+        option_cost = torch.cat([ranks * (m + n), torch.tensor([m * n])])
+        option_error = torch.cat([left[: len(ranks)].clamp(min=0), torch.zeros(1)])
+        cost = (cost[:, None] + option_cost).flatten()
+        error = (error[:, None] + option_error).flatten()
+        # … of which only those stay that no other beats in both cost and error.
+        order = torch.from_numpy(np.lexsort((error, cost)))  # by cost, then by error
+        order = order[cost[order] <= budget]
+        best_so_far = error[order].cummin(0).values
+        order = order[torch.cat([torch.ones(1).bool(), best_so_far[1:] < best_so_far[:-1]])[: len(order)]]
+        if len(order) == 0:
+            raise ValueError(f"a budget of {budget} weights is too small, even with rank 1 in every linear layer")
+        cost, error = cost[order], error[order]
+        choices.append((name, len(option_cost), order))
+    position, result = len(cost) - 1, {}
+    for name, count, order in reversed(choices):
+        position, option = divmod(int(order[position]), count)
+        if option < count - 1:
+            result[name] = option + 1
+    return dict(reversed(result.items()))
 
 
 def rank_sweep(
