@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -277,6 +278,11 @@ def _check_rank(rank: int, shape: Sequence[int], what: str = "rank") -> None:
         raise ValueError(f"{what} must be from 1 to {min(shape)} for a {shape[0]}×{shape[1]} weight, got {rank}")
 
 
+def _check_finite(weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"the {weight.shape[0]}×{weight.shape[1]} weight holds NaN or infinity")
+
+
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-``rank`` approximation of ``weight`` (m, n) as ``A`` (m, rank) and ``B`` (rank, n).
 
@@ -291,8 +297,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _check_rank(rank, weight.shape)
     if not weight.is_floating_point():
         raise TypeError(f"weight must hold real floating-point numbers, got {weight.dtype}")
-    if not weight.isfinite().all():
-        raise ValueError(f"the {weight.shape[0]}×{weight.shape[1]} weight holds NaN or infinity")
+    _check_finite(weight)
     U, S, Vh = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
     root = S[:rank].sqrt()
     A, B = U[:, :rank] * root, root[:, None] * Vh[:rank]
@@ -328,6 +333,11 @@ def layer_statistics(
         temperature: with one, also the loss metric: the covariance of the gradient of the cross-entropy, at every class
             in turn, weighted by its probability under softmax(logits / temperature). This needs no labels.
 
+    Raises:
+        KeyError, TypeError: as ``factorize``.
+        ValueError: ``inputs`` are empty, do not fit the model or lead to NaN; a layer is not used; ``temperature`` is
+            not positive, or the model's output is not (N, classes).
+
     Source: Martens & Grosse (2015), arXiv:1503.05671; the metric is their output factor, summed instead of sampled.
     """
     layers = {name: _named_linear(model, name) for name in names}
@@ -336,34 +346,46 @@ def layer_statistics(
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     sums = {name: [torch.zeros(*size).double() for size in ((n,), (n, n), (m, m))] for name, (m, n) in shapes.items()}
     rows, images = dict.fromkeys(layers, 0), 0
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: list[tuple[str, Tensor, Tensor]] = []
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        return lambda module, args, output: seen.update({name: (args[0].detach(), output)})
+    def look(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        # Copies, since the next module may write into what it is given, as nn.ReLU(inplace=True) does.
+        seen.append((name, x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float64, copy=True), output))
+        return output.requires_grad_(temperature is not None).clone()
 
     with contextlib.ExitStack() as hooks, _evaluating(model), torch.set_grad_enabled(temperature is not None):
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(remember(name)))
+            hooks.enter_context(layer.register_forward_hook(partial(look, name), with_kwargs=True))
         for batch in inputs.split(1000) if isinstance(inputs, Tensor) else inputs:
             _check_inputs(model, batch)
+            seen.clear()  # of what the check looked at
             logits = model(batch)
             images += len(batch)
-            for name, (x, _) in seen.items():
-                x = x.flatten(0, -2).double()
+            for name, x, _ in seen:
                 rows[name] += len(x)
                 sums[name][0] += x.sum(0)
                 sums[name][1] += x.T @ x
-            for c in range(logits.shape[1]) if temperature is not None and layers else ():
-                softened = (logits / temperature).log_softmax(1)
-                gradients = torch.autograd.grad(-softened[:, c].sum(), [seen[n][1] for n in layers], retain_graph=True)
-                weight = softened[:, c].detach().exp().sqrt()
-                for name, g in zip(layers, gradients):
-                    g = (g.flatten(1) * weight[:, None]).view(g.shape).flatten(0, -2).double()
+            if temperature is None or not seen:
+                continue
+            if logits.ndim != 2:
+                raise ValueError(f"the loss metric needs logits of shape (N, classes), got {tuple(logits.shape)}")
+            log_p = (logits / temperature).log_softmax(1)
+            outputs = [output for _, _, output in seen]
+            for c in range(log_p.shape[1]):
+                gradients = torch.autograd.grad(-log_p[:, c].sum(), outputs, retain_graph=True, materialize_grads=True)
+                weight = log_p[:, c, None].detach().exp().sqrt()
+                for (name, _, _), g in zip(seen, gradients):
+                    g = (g.flatten(1) * weight).reshape(-1, g.shape[-1]).to("cpu", torch.float64)
                     sums[name][2] += g.T @ g
     if images == 0:
         raise ValueError("inputs is empty; give at least one batch")
     result = {}
     for name, (total, second, gradient) in sums.items():
+        if rows[name] == 0:
+            raise ValueError(f"the model does not use its layer {name!r}")
+        if not (second.isfinite().all() and gradient.isfinite().all()):
+            raise ValueError(f"the inputs or the gradients of the layer {name!r} are not all finite")
         mean = total / rows[name]
         metric = None if temperature is None else gradient / images
         result[name] = Statistics(mean, second / rows[name] - torch.outer(mean, mean), metric)
@@ -503,17 +525,21 @@ def allocate_ranks(
     The choice is the exact optimum of that prediction, by dynamic programming over the layers.
 
     Raises:
-        ValueError: even rank 1 everywhere exceeds the budget.
+        TypeError: ``budget`` is not an int.
+        ValueError: even rank 1 everywhere exceeds the budget; or as ``layer_statistics``.
     """
+    if isinstance(budget, bool) or not isinstance(budget, Integral):
+        raise TypeError(f"budget must be an int, got {budget!r} ({type(budget).__name__})")
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     statistics = layer_statistics(model, layers, inputs, temperature=temperature) if inputs is not None else {}
     cost, error, choices = torch.zeros(1, dtype=torch.long), torch.zeros(1).double(), []
     for name, layer in layers.items():
+        _check_finite(layer.weight)
         m, n = layer.weight.shape
         ranks = torch.arange(1, break_even_rank(m, n) + 1)
         if inputs is None:
             terms = torch.linalg.svdvals(layer.weight.detach().cpu().double()).square()
-            terms = terms / terms.sum()
+            terms = terms / terms.sum().clamp(min=torch.finfo(torch.float64).tiny)
         else:
             terms = _response(layer.weight, statistics[name], damping)[2]
         left = terms.sum() - terms.cumsum(0)
@@ -525,7 +551,7 @@ def allocate_ranks(
         # … of which only those stay that no other beats in both cost and error.
         order = torch.from_numpy(np.lexsort((error, cost)))  # by cost, then by error
         order = order[cost[order] <= budget]
-        best_so_far = error[order].cummin(0).values
+        best_so_far = error[order].cummin(0)[0]
         order = order[torch.cat([torch.ones(1).bool(), best_so_far[1:] < best_so_far[:-1]])[: len(order)]]
         if len(order) == 0:
             raise ValueError(f"a budget of {budget} weights is too small, even with rank 1 in every linear layer")

@@ -1152,6 +1152,377 @@ def test_settled_images_are_not_evaluated_again():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Activations, the loss metric, and budgets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def metric_by_hand(model, layer, x, temperature):
+    """E[g gᵀ] over images and classes, one image, class and use of the layer at a time."""
+    outputs = []
+
+    def keep(module, args, output):
+        outputs.append(output)
+        return output.clone()  # what follows may write into it
+
+    handle = layer.register_forward_hook(keep)
+    total = torch.zeros(layer.out_features, layer.out_features, **float64)
+    for image in x:
+        outputs.clear()
+        log_p = (model(image[None]) / temperature).log_softmax(1)[0]
+        for value in log_p:
+            for output in outputs:
+                (g,) = torch.autograd.grad(value, output, retain_graph=True)
+                g = g.reshape(-1, layer.out_features)
+                total += value.exp().item() * g.T @ g / len(x)
+    handle.remove()
+    return total
+
+
+class Tokens(nn.Module):
+    """Images of five tokens; the layer sees them all, the classifier their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.fc(x)).mean(1))
+
+
+def inplace():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+
+
+def inputs_of(model, layer, x):
+    """All rows that the layer is fed with."""
+    rows = []
+    hook = lambda module, args, kwargs: rows.append((args[0] if args else kwargs["input"]).clone())  # noqa: E731
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return torch.cat([row.reshape(-1, layer.in_features) for row in rows])
+
+
+STATISTICS_OF = {
+    "in place": (inplace, "0", (40, 6)),
+    "behind a ReLU": (inplace, "2", (40, 6)),
+    "used twice": (Residual, "stem", (40, 6)),
+    "head without a bias": (Residual, "head", (40, 6)),
+    "tokens": (Tokens, "fc", (40, 5, 6)),
+    "by keyword": (CalledByKeyword, "fc", (40, 6)),
+    "the model itself": (lambda: nn.Linear(6, 4), "", (40, 6)),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "shape"), STATISTICS_OF.values(), ids=STATISTICS_OF)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_statistics_are_mean_covariance_and_metric(make, name, shape, frozen):
+    model = seeded(make).eval()
+    x = matrix(40, 30)[:, : np.prod(shape[1:])].reshape(shape) + 1
+    layer = model.get_submodule(name)
+    rows = inputs_of(model, layer, x)
+    metric = metric_by_hand(model, layer, x, 2.0)
+    model.requires_grad_(not frozen)
+    found = lrf.layer_statistics(model, [name], x, temperature=2.0)[name]
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(found.mean, rows.mean(0), **close)
+    torch.testing.assert_close(found.covariance, torch.cov(rows.T, correction=0), **close)
+    torch.testing.assert_close(found.metric, metric, **close)
+    without = lrf.layer_statistics(model, [name], x)[name]
+    torch.testing.assert_close(without[:2], found[:2], rtol=0, atol=0)
+    assert without.metric is None
+
+
+def test_statistics_do_not_depend_on_the_batches_and_serve_all_layers_at_once():
+    model, x = seeded(Residual), matrix(2300, 6)
+    names = ["stem", "block.0", "head"]
+    whole = lrf.layer_statistics(model, iter(names), x, temperature=1)
+    assert list(whole) == names
+    parts = lrf.layer_statistics(model, names, (part for part in x.split(7)), temperature=1)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(lrf.layer_statistics(model, ["head"], x, temperature=1)["head"], whole["head"])
+
+
+def test_statistics_are_float64_whatever_the_model_is():
+    model = seeded(Tokens).float()
+    x = matrix(40, 30).reshape(40, 5, 6).float() + 100
+    found = lrf.layer_statistics(model, ["fc"], x, temperature=1)["fc"]
+    assert {part.dtype for part in found} == {torch.float64}
+    rows = x.double().reshape(-1, 6)
+    torch.testing.assert_close(found.covariance, torch.cov(rows.T, correction=0), rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_take_one_pass_in_batches_of_1000_and_leave_the_model_as_it_was():
+    model = nn.Sequential(Probe(), seeded(inplace))
+    before = snapshot(model)
+    lrf.layer_statistics(model, ["1.0"], matrix(2300, 6))
+    assert model[0].calls == [(n, False, False) for n in (1, 1000, 1, 1000, 1, 300)]
+    lrf.layer_statistics(model, ["1.0"], matrix(3, 6), temperature=1)
+    assert model[0].calls[-1] == (3, False, True)
+    assert_unchanged(model, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_no_layers_have_no_statistics(temperature):
+    assert lrf.layer_statistics(seeded(inplace), [], matrix(3, 6), temperature=temperature) == {}
+
+
+def statistics_of(model=None, names=("0",), inputs=None, **options):
+    return lrf.layer_statistics(model or seeded(inplace), names, matrix(3, 6) if inputs is None else inputs, **options)
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "given"),
+    [
+        (ValueError, "temperature must be positive, got 0", {"temperature": 0}),
+        (ValueError, "temperature must be positive, got nan", {"temperature": float("nan")}),
+        (ValueError, "x is empty; give at least one input", {"inputs": torch.zeros(0, 6, **float64)}),
+        (ValueError, "inputs is empty; give at least one batch", {"inputs": []}),
+        (KeyError, "the model has no module '7'; its linear layers are ['0', '2']", {"names": ["0", "7"]}),
+        (TypeError, "'1' is a ReLU, not an nn.Linear; the linear layers are ['0', '2']", {"names": ["1"]}),
+        (
+            ValueError,
+            "the inputs or the gradients of the layer '0' are not all finite",
+            {"inputs": matrix(3, 6) / torch.tensor([1, 0, 1, 1, 1, 1])},
+        ),
+    ],
+)
+def test_statistics_refuse_what_they_cannot_use(kind, text, given):
+    raises(kind, text, statistics_of, **given)
+
+
+def test_statistics_of_a_layer_that_is_not_used_are_refused():
+    model = seeded(Unused)
+    text = "the model does not use its layer 'unused'"
+    raises(ValueError, text, statistics_of, model, ["used", "unused"])
+    raises(ValueError, text, statistics_of, model, ["unused"], temperature=1)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    model = seeded(inplace)
+    with torch.no_grad():
+        model[2].bias[0] = float("nan")
+    assert statistics_of(model)["0"].covariance.isfinite().all()
+    text = "the inputs or the gradients of the layer '0' are not all finite"
+    raises(ValueError, text, statistics_of, model, temperature=1)
+
+
+def test_the_metric_needs_one_row_of_logits_per_image():
+    model, x = nn.Sequential(nn.Linear(6, 4)).double(), torch.zeros(2, 5, 6, **float64)
+    text = "the loss metric needs logits of shape (N, classes), got (2, 5, 4)"
+    raises(ValueError, text, statistics_of, model, inputs=x, temperature=1)
+    assert statistics_of(model, inputs=x)["0"].metric is None
+
+
+def test_a_layer_with_inputs_that_do_not_fit_is_refused():
+    error = raises_value_error(lrf.factorize_linear, layer_of(matrix(3, 4)), 2, inputs=matrix(9, 5))
+    assert error.startswith("the model does not accept inputs of shape (9, 5): ")
+
+
+def raises_value_error(call, *args, **kwargs):
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def random_statistics(m, n, with_metric=True):
+    mean, root, metric = matrix(1, n)[0] + 1, matrix(n, n) + torch.eye(n), matrix(m, m) + torch.eye(m)
+    return lrf.Statistics(mean, root @ root.T, metric @ metric.T if with_metric else None)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)])
+@pytest.mark.parametrize("with_metric", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_error_on_the_inputs_is_the_least_for_the_rank(shape, with_metric, bias):
+    m, n = shape
+    layer = nn.Linear(n, m, bias=bias, **float64)
+    layer.weight.data = matrix(m, n)
+    statistics = random_statistics(m, n, with_metric)
+    C = statistics.covariance if bias else statistics.covariance + torch.outer(statistics.mean, statistics.mean)
+    G = torch.eye(m, **float64)
+    if with_metric:
+        G = statistics.metric + 0.3 * statistics.metric.diagonal().mean() * torch.eye(m)
+
+    def error(weight):
+        missing = layer.weight.detach() - weight
+        return (G @ missing @ C @ missing.T).trace().item()
+
+    # All of it is an ordinary SVD of G^½ W C^½, by way of Cholesky factors.
+    L, R = torch.linalg.cholesky(G), torch.linalg.cholesky(C)
+    spectrum = torch.linalg.svdvals(L.T @ layer.weight.detach() @ R)
+    for rank in range(1, min(m, n) + 1):
+        pair = lrf.factorize_linear(layer, rank, inputs=statistics, damping=0.3)
+        weight = (pair[1].weight @ pair[0].weight).detach()
+        assert pair[0].weight.shape == (rank, n) and pair[1].weight.shape == (m, rank)
+        assert error(weight) == pytest.approx(spectrum[rank:].square().sum().item(), rel=1e-9, abs=1e-9)
+        torch.testing.assert_close(pair[1].weight.norm(dim=0), pair[0].weight.norm(dim=1))
+        if bias:  # on average, nothing is lost
+            expected = layer.weight @ statistics.mean + layer.bias
+            torch.testing.assert_close(weight @ statistics.mean + pair[1].bias, expected)
+        else:
+            assert pair[1].bias is None
+
+
+def test_the_damping_is_a_tenth_unless_given():
+    layer, statistics = nn.Linear(7, 5, **float64), random_statistics(5, 7)
+    default, given, other = (
+        lrf.factorize_linear(layer, 2, inputs=statistics, **options)[1].weight
+        for options in ({}, {"damping": 0.1}, {"damping": 10.0})
+    )
+    assert torch.equal(default, given) and not torch.allclose(default, other)
+
+
+def test_inputs_are_the_same_as_their_statistics():
+    layer, x = nn.Linear(7, 5, **float64), matrix(50, 7)
+    from_inputs = lrf.factorize_linear(layer, 2, inputs=x).state_dict()
+    for same in (lrf.layer_statistics(layer, [""], x)[""], x.split(9), iter(x.split(9))):
+        torch.testing.assert_close(lrf.factorize_linear(layer, 2, inputs=same).state_dict(), from_inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_layer_factorized_for_its_inputs_keeps_dtype_mode_and_flags(dtype):
+    layer = nn.Linear(7, 5, dtype=dtype).eval().requires_grad_(False)
+    before = snapshot(layer)
+    pair = lrf.factorize_linear(layer, 5, inputs=matrix(50, 7).to(dtype))
+    assert_unchanged(layer, before)
+    assert {(p.dtype, p.requires_grad) for p in pair.parameters()} == {(dtype, False)} and not pair.training
+    x = matrix(9, 7).to(dtype)
+    torch.testing.assert_close(pair(x), layer(x), rtol=0.01, atol=0.01)
+
+
+def test_statistics_of_another_layer_are_refused():
+    text = "these statistics are not those of a layer with a 5×7 weight"
+    for m, n in ((5, 6), (6, 7)):
+        raises(ValueError, text, lrf.factorize_linear, nn.Linear(7, 5), 2, inputs=random_statistics(m, n))
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan")])
+def test_the_damping_must_be_positive(damping):
+    statistics = lrf.Statistics(torch.zeros(7), torch.eye(7).double(), torch.eye(5).double())
+    text = f"the damping and the metric must be positive, got {damping} and a mean of 1.0"
+    raises(ValueError, text, lrf.factorize_linear, nn.Linear(7, 5), 2, inputs=statistics, damping=damping)
+
+
+def test_a_metric_of_zero_is_refused():
+    statistics = lrf.Statistics(torch.zeros(7), torch.eye(7).double(), torch.zeros(5, 5).double())
+    text = "the damping and the metric must be positive, got 0.1 and a mean of 0.0"
+    raises(ValueError, text, lrf.factorize_linear, nn.Linear(7, 5), 2, inputs=statistics)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2}, {"temperature": 2, "damping": 1.0}])
+def test_factorize_for_inputs_takes_the_statistics_of_the_model(options):
+    model, x = seeded(Residual), matrix(40, 6)
+    before, ranks = snapshot(model), {"block.0": 2, "head": 3}
+    copy = lrf.factorize(model, ranks, inputs=x.split(7), **options)
+    assert_unchanged(model, before)
+    statistics = lrf.layer_statistics(model, ranks, x, temperature=options.get("temperature"))
+    for name, rank in ranks.items():
+        damping = options.get("damping", 0.1)
+        layer = model.get_submodule(name)
+        expected = lrf.factorize_linear(layer, rank, inputs=statistics[name], damping=damping).state_dict()
+        torch.testing.assert_close(copy.get_submodule(name).state_dict(), expected)
+
+
+def test_factorize_checks_ranks_before_it_reads_the_inputs():
+    text = "rank must be from 1 to 5 for a 5×6 weight, got 6"
+    raises(ValueError, text, lrf.factorize, seeded(inplace), {"2": 1, "0": 6}, inputs=iter([None]))
+
+
+def options_of(model, inputs, **options):
+    """For each linear layer: {rank, or None for dense: (weights, predicted error)}."""
+    table = {}
+    for name, layer in model.named_modules():
+        if type(layer) is not nn.Linear:
+            continue
+        W, (m, n) = layer.weight.detach(), layer.weight.shape
+        terms = torch.linalg.svdvals(W).square()
+        terms = terms / terms.sum()
+        if inputs is not None:
+            statistics = lrf.layer_statistics(model, [name], inputs, temperature=options.get("temperature"))[name]
+            G = torch.eye(m, **float64)
+            if statistics.metric is not None:
+                damping = options.get("damping", 0.1) * statistics.metric.diagonal().mean()
+                G = statistics.metric + damping * torch.eye(m)
+            terms = torch.linalg.eigvals(G @ W @ statistics.covariance @ W.T).real.sort(descending=True)[0]
+        table[name] = {r: (r * (m + n), terms[r:].sum().item()) for r in range(1, min(m, n)) if r * (m + n) < m * n}
+        table[name][None] = (m * n, 0.0)
+    return table
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inputs": matrix(60, 8)}, {"inputs": matrix(60, 8), "temperature": 2, "damping": 1.0}]
+)
+def test_allocated_ranks_are_the_best_of_all(options):
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)))
+    table = options_of(model, options.get("inputs"), **{k: v for k, v in options.items() if k != "inputs"})
+    plans = []
+    for choice in product(*(layer.items() for layer in table.values())):
+        weights, error = (sum(values) for values in zip(*(value for _, value in choice)))
+        plans.append((weights, error, {n: rank for n, (rank, _) in zip(table, choice) if rank is not None}))
+    smallest, dense = min(plans)[0], 8 * 12 + 12 * 9 + 9 * 3
+    for budget in range(smallest, dense + 3):
+        found = lrf.allocate_ranks(model, budget, **options)
+        best = min(error for weights, error, _ in plans if weights <= budget)
+        weights, error = next((w, e) for w, e, plan in plans if plan == found)
+        assert weights <= budget and error == pytest.approx(best, rel=1e-9, abs=1e-12)
+        assert list(found) == [name for name in table if name in found]
+        assert lrf.count_parameters(lrf.factorize(model, found)) == weights + 12 + 9 + 3
+    assert found == {}, "everything fits, so everything stays dense"
+    text = f"a budget of {smallest - 1} weights is too small, even with rank 1 in every linear layer"
+    raises(ValueError, text, lrf.allocate_ranks, model, smallest - 1, **options)
+
+
+def test_allocation_leaves_the_model_as_it_was():
+    model = seeded(Residual)
+    before = snapshot(model)
+    lrf.allocate_ranks(model, 90, inputs=matrix(40, 6), temperature=1)
+    assert_unchanged(model, before)
+
+
+def test_the_default_damping_of_an_allocation_is_a_tenth():
+    model, x = lrf.load_baseline(0), lrf.load_mnist().x_train[:500]
+    plans = [
+        lrf.allocate_ranks(model, 20_000, inputs=x, temperature=1, **options)
+        for options in ({}, {"damping": 0.1}, {"damping": 100.0})
+    ]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_model_without_weights_to_save_needs_no_ranks():
+    assert lrf.allocate_ranks(nn.ReLU(), 0) == {}
+    zero = nn.Sequential(nn.Linear(9, 9))
+    nn.init.zeros_(zero[0].weight)
+    assert lrf.allocate_ranks(zero, 80) == {"0": 1}
+
+
+@pytest.mark.parametrize("budget", [1e5, True, "9", None])
+def test_a_budget_is_an_integer(budget):
+    text = f"budget must be an int, got {budget!r} ({type(budget).__name__})"
+    raises(TypeError, text, lrf.allocate_ranks, nn.Linear(3, 3), budget)
+
+
+def test_a_budget_may_be_a_numpy_integer():
+    assert lrf.allocate_ranks(nn.Linear(9, 9), np.int64(81)) == {}
+
+
+def test_weights_that_are_not_finite_get_no_ranks():
+    model = nn.Sequential(layer_of(torch.full((3, 4), float("nan"))))
+    raises(ValueError, "the 3×4 weight holds NaN or infinity", lrf.allocate_ranks, model, 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------------------
 

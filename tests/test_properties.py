@@ -192,3 +192,38 @@ def test_the_model_is_untouched(case, data):
     lrf.count_macs(model, x)
     assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in model.parameters()}
     torch.testing.assert_close(contents(model), before, rtol=0, atol=0)
+
+
+@given(layers(dtypes=(torch.float64,)), seeds, st.sampled_from([1, 3, 30]), st.data())
+def test_no_other_layer_of_that_rank_is_nearer_on_the_inputs(layer, seed, rows, data):
+    """Few inputs leave the covariance singular; nothing is divided by it."""
+    weight, (m, n) = layer.weight, layer.weight.shape
+    rank = data.draw(st.integers(1, min(m, n)))
+    x = gaussian(seed, rows, n) + 1
+    pair = lrf.factorize_linear(layer, rank, inputs=x)
+    error = (pair(x) - layer(x)).square().sum()
+    centred = x if layer.bias is None else x - x.mean(0)
+    tail = np.linalg.svd((centred @ weight.T).numpy(), compute_uv=False)[rank:]
+    scale = (x @ weight.T).square().sum().item()
+    assert abs(error.item() - (tail**2).sum()) <= 1e-9 * scale
+    plain = lrf.factorize_linear(layer, rank)
+    assert error <= (plain(x) - layer(x)).square().sum() + 1e-9 * scale
+
+
+@given(models(), st.data())
+def test_an_allocation_keeps_to_its_budget_and_more_budget_never_predicts_more_error(case, data):
+    model = case[0]
+    linears = {name: layer.weight.detach() for name, layer in model.named_children() if type(layer) is nn.Linear}
+    dense = sum(weight.numel() for weight in linears.values())
+    budgets = sorted(data.draw(st.lists(st.integers(1, dense), min_size=2, max_size=2)))
+    errors = []
+    for budget in budgets:
+        try:
+            ranks = lrf.allocate_ranks(model, budget)
+        except ValueError:
+            continue
+        assert sum(p.numel() for p in lrf.factorize(model, ranks).parameters() if p.ndim == 2) <= budget
+        shares = {name: np.linalg.svd(weight.numpy(), compute_uv=False) ** 2 for name, weight in linears.items()}
+        errors.append(sum(shares[name][rank:].sum() / shares[name].sum() for name, rank in ranks.items()))
+        assert all(rank <= lrf.break_even_rank(*linears[name].shape) for name, rank in ranks.items())
+    assert errors == sorted(errors, reverse=True)
