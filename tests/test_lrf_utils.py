@@ -1113,6 +1113,25 @@ def test_classes_that_coincide_are_never_settled_and_the_first_wins():
     assert lrf.rank_sweep(model, "0", x, y) == dict.fromkeys(range(1, 7), 1.0)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_an_image_within_rounding_of_the_boundary_stays_open(scale, size):
+    """The allowance is 1e-4 of the image's features times the longest row, and of the batch's largest logit."""
+    classifier = nn.Linear(2, 2, **float64)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        classifier.bias.zero_()
+    allowance = 1e-4 * (2**0.5 + 1)
+    gaps = torch.tensor([0.98, 1.02, 0.98, 1.02], **float64) * allowance
+    features = scale * torch.stack([torch.ones(4), 1 - gaps], dim=1)
+    features[:2] *= size  # a small image beside large ones: its own features count, and the batch's largest logit
+    gap = 1e-4 * scale
+    if size == 0:
+        features[0, 0], features[1, 0] = 0.99 * gap, 1.01 * gap
+    steps = lrf._ranks_until_settled(nn.Sequential(classifier), features, torch.zeros(4, 3, **float64))
+    assert (steps > 0).tolist() == [True, False, True, False]
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e200])
 def test_logits_that_overflow_are_not_settled(scale):
     """The length of what is missing overflows too: such images stay open."""
@@ -1494,8 +1513,8 @@ def test_allocation_leaves_the_model_as_it_was():
 def test_the_default_damping_of_an_allocation_is_a_tenth():
     model, x = lrf.load_baseline(0), lrf.load_mnist().x_train[:500]
     plans = [
-        lrf.allocate_ranks(model, 20_000, inputs=x, temperature=1, **options)
-        for options in ({}, {"damping": 0.1}, {"damping": 100.0})
+        lrf.allocate_ranks(model, 25_000, inputs=x, temperature=1, **options)
+        for options in ({}, {"damping": 0.1}, {"damping": 1.1})
     ]
     assert plans[0] == plans[1] != plans[2]
 
@@ -1580,6 +1599,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
     left.set(title="Lines", xlabel="rank", ylabel="error")
     left.plot([1, 2, 3], [0.123456, 2e-7, 12345.6], label="err")
     left.plot([10, 20], [-3, 1_000_000])
+    left.plot([-0.0, 1], [0.5, -0.0], label="zeros")
     left.plot([1, 2], [1, float("nan")], label="gap")
     left.plot([], [], label="none")
     left.text(0.5, 0.5, "knee")
@@ -1594,6 +1614,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
         "axes 'Lines': 'rank', 'error'",
         "line 'err': x 1 2 3; y 0.1235 2.000e-07 1.235e+04",
         "line '_child1': x 10 20; y -3 1000000",
+        "line 'zeros': x 0 1; y 0.5000 0.000",
         "line 'gap': x 1 2; y 1.000 nan",
         "line 'none': x ; y ",
         "text 'knee'",
