@@ -36,8 +36,6 @@ mutation: $(READY)  ## change lrf_utils.py line by line; the tests must notice
 bench: $(READY)  ## speed of rank_sweep, as ratios
 	$(BIN)/python scripts/benchmark.py
 
-# The stamp is written last: a set-up that was cut off is taken up again.
+# The script mends a set-up that was cut off, and writes the stamp last.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable .
-	$(BIN)/python -c "open('$(READY)', 'w').close()"
+	@$(PYTHON) scripts/set_up.py
