@@ -21,6 +21,7 @@ lab: $(READY)  ## open the series in JupyterLab
 	$(BIN)/python -m jupyter lab --notebook-dir=notebooks
 
 refresh: $(READY)  ## for maintainers: make the committed outputs, figures, results and tables anew
+	$(BIN)/python scripts/write_badges.py
 	$(BIN)/python scripts/draw_concepts.py
 	$(BIN)/python scripts/run_notebooks.py --in-place
 	$(BIN)/python scripts/write_readme.py

@@ -22,7 +22,6 @@ READY = VENV / "ready"  # the Makefile looks for it; it is written last
 LOG = ROOT / "build" / "setup.log"
 GIGABYTES = 1.5  # the least that an installation fills, with the CPU build of PyTorch
 
-AGAIN = "make" if os.name != "nt" else r"py scripts\set_up.py"
 OTHER_PYTHON = "make PYTHON=python3.12 test" if os.name != "nt" else r"py -3.12 scripts\set_up.py"
 COMPILER = {
     "Linux": "sudo apt install build-essential, or what your distribution calls it",
@@ -37,14 +36,16 @@ CAUSES = [
         "disk full",
     ),
     (
-        r"Failed building wheel for (?!low-rank)|metadata-generation-failed|unable to execute '|Visual C\+\+ .* is required",
+        r"Failed building wheel for (?!low-rank)|metadata-generation-failed|unable to execute '"
+        r"|Visual C\+\+ .* is required",
         "no compiler",
     ),
     (r"CERTIFICATE_VERIFY_FAILED|SSLError", "no trust"),
     (
         r"Failed to establish a new connection|NameResolutionError|Temporary failure in name resolution|getaddrinfo"
         r"|Max retries exceeded|after connection broken|Connection ?(reset|refused|broken|aborted)|ConnectionError"
-        r"|Network is unreachable|ProxyError|timed out|TimeoutError|IncompleteRead|HTTP error|HTTPError",
+        r"|Network is unreachable|ProxyError|timed out|TimeoutError|IncompleteRead|HTTP error|HTTPError"
+        r"|No matching distribution found for setuptools",  # every index has it
         "no network",
     ),
     (r"No matching distribution found", "no package"),
@@ -80,7 +81,7 @@ def check_python() -> None:
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         raise Stop(
             "this Python lacks its venv module: install it (Debian and Ubuntu: "
-            f"sudo apt install python{version}-venv), then run {AGAIN} again."
+            f"sudo apt install python{version}-venv), then run the same command again."
         )
 
 
@@ -93,7 +94,7 @@ def disk_full() -> Stop:
     return Stop(
         f"the disk is too full ({free_gigabytes(ROOT):.1f} GB free here, {free_gigabytes(temporary):.1f} GB in "
         f"{temporary}): make room, 2 GB for the CPU build of PyTorch (see README.md), 8 GB with CUDA, then run "
-        f"{AGAIN} again."
+        "the same command again."
     )
 
 
@@ -106,17 +107,17 @@ def explain(errors: str) -> Stop:
         return Stop(
             f"a package has no ready-made build for Python {platform.python_version()} on this system, and building it "
             f"failed: take another Python, as in {OTHER_PYTHON}, or install a compiler "
-            f"({COMPILER.get(platform.system(), 'for C and C++')}) and run {AGAIN} again. Details: {LOG}"
+            f"({COMPILER.get(platform.system(), 'for C and C++')}) and run the same command again. Details: {LOG}"
         )
     if kind == "no trust":
         return Stop(
             "pip does not trust the certificate of the package index: behind a company's proxy, set PIP_CERT to the "
-            f"proxy's certificate file, then run {AGAIN} again."
+            "proxy's certificate file, then run the same command again."
         )
     if kind == "no network":
         return Stop(
             "pip cannot reach the package index: check the network (behind a proxy, set HTTPS_PROXY), then run "
-            f"{AGAIN} again; what is already installed is kept."
+            "the same command again; what is already installed is kept."
         )
     if kind == "no package":
         name = re.search(r"No matching distribution found for (.+)", errors).group(1).strip()
@@ -188,9 +189,9 @@ def main() -> int:
     except Stop as reason:
         print(f"Set-up stopped: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"\nSet-up interrupted: run {AGAIN} again, and it goes on.", file=sys.stderr)
+        print("\nSet-up interrupted: run the same command again, and it goes on.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that may not be written
-        reason = disk_full() if error.errno in (28, 122) else f"{error}. Mend that, then run {AGAIN} again."
+        reason = disk_full() if error.errno in (28, 122) else f"{error}. Mend that, then run the same command again."
         print(f"Set-up stopped: {reason}", file=sys.stderr)
     else:
         print("Set-up done: .venv is ready")

@@ -21,7 +21,7 @@ def fresh():
 
 def test_every_table_is_committed_and_nothing_else(request, fresh):
     run = {item.path for item in request.session.items if item.path.suffix == ".ipynb"}
-    if run != set((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
+    if not run >= set((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
         pytest.skip("not all notebooks were run in this session")
     assert sorted(path.name for path in fresh.glob("*.csv")) == TABLES
 
