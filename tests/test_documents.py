@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_c
 LESSONS = [path for path in NOTEBOOKS if path.parent.name == "notebooks" and path.name[0].isdigit()]
 PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
 
-KNOWN_TAGS = {*TOLERANCES, "raises-exception", "colab"}
+KNOWN_TAGS = {*TOLERANCES, "raises-exception", "setup", "exercise", "check", "colab"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|private|mnt|usr)/|[A-Z]:\\")
 UNIT = r"\s?(?:%|pp\b|ms\b|µs\b|s\b|seconds?\b|minutes?\b|times\b|×(?!\s?\d)|images?\b|mistakes?\b|percent\b)"
 MEASURED = re.compile(rf"(?<![\w.,/–×-])[-−]?(?!10\.\d{{4}}/)\d[\d,]*(?:\.\d+|(?:\.\d+)?{UNIT})(?:{UNIT})?")
