@@ -109,3 +109,13 @@ def test_colab_has_what_a_lesson_imports(path):
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) <= ON_COLAB
+
+
+def test_version_is_the_same_in_project_citation_and_changelog():
+    pattern = {
+        "pyproject.toml": r'^version = "(.+)"',
+        "CITATION.cff": r"^version: (.+)",
+        "CHANGELOG.md": r"^## ([\d.]+)",
+    }
+    found = {name: re.search(p, (ROOT / name).read_text("utf-8"), re.MULTILINE).group(1) for name, p in pattern.items()}
+    assert len(set(found.values())) == 1, found
