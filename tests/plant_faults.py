@@ -141,6 +141,12 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         edit(lambda nb: code(nb)[3].metadata.update(tags=["nbval-ignore-output"])),
         DOCUMENTS,
     ),
+    ("a badge that leads elsewhere", replace("README.md", "gh/", "gl/"), ["tests/test_badges.py"]),
+    (
+        "a command for Windows that is not make's",
+        replace("README.md", "scripts\\run_notebooks.py", "scripts\\run.py"),
+        ["tests/test_set_up.py"],
+    ),
     ("a wrong rank check", replace("lrf_utils.py", "1 <= rank <= min", "0 <= rank <= min"), HELPERS),
     ("unbalanced factors", replace("lrf_utils.py", "S[:rank].sqrt()", "S[:rank]"), HELPERS),
     ("a lost bias", replace("lrf_utils.py", "up.bias.copy_(layer.bias)", "up.bias.zero_()"), HELPERS),

@@ -64,6 +64,7 @@ def prose(markdown: str) -> str:
         r"\$[^$]*\$",
         r"\]\([^)]*\)",
         r"\*\*It takes\*\* under \d+ s",
+        r"\b\d+\.\d+\.\d+\b",  # a version
     ):
         markdown = re.sub(pattern, " ", markdown, flags=re.DOTALL)
     return markdown
