@@ -56,6 +56,10 @@ class Stop(Exception):
     """The set-up cannot go on; the message says why and what to do."""
 
 
+class UnknownFailure(Stop):
+    """pip failed for none of the known reasons."""
+
+
 def needed_python() -> tuple:
     """The oldest version of Python that pyproject.toml allows, such as (3, 11)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -126,7 +130,7 @@ def explain(errors: str) -> Stop:
             f"take a Python that PyTorch supports (https://pytorch.org/get-started/locally/), as in {OTHER_PYTHON}."
         )
     last = "\n".join([line for line in errors.splitlines() if line.strip()][-5:])
-    return Stop(f"pip failed, for a reason that this script does not know. All that it said: {LOG}\n{last}")
+    return UnknownFailure(f"pip failed, for a reason that this script does not know. All that it said: {LOG}\n{last}")
 
 
 def venv_works(any_version: bool) -> bool:
@@ -170,9 +174,15 @@ def set_up() -> None:
         check_python()
         print(f"Making .venv with Python {platform.python_version()}", flush=True)
         make_venv()
-    install()
-    # A set-up that was killed can leave half a package, which pip takes for a whole one.
-    if broken() and not fresh:
+    # A set-up that was killed can leave half a package, which pip takes for a whole one or cannot replace.
+    try:
+        install()
+        damaged = not fresh and broken()
+    except UnknownFailure:
+        if fresh:
+            raise
+        damaged = True
+    if damaged:
         print("Packages in .venv are damaged; making it anew", flush=True)
         check_python()
         make_venv()

@@ -20,10 +20,12 @@ import subprocess
 import sys
 
 if "COLAB_RELEASE_TAG" in os.environ:
-    if not os.path.exists("{folder}"):
-        subprocess.run(["git", "clone", "--quiet", "--depth=1", "{address}", "{folder}"], check=True)
-    os.chdir("{folder}/notebooks")
-    sys.path.insert(0, "{folder}")
+    address = "{address}"
+    folder = "{folder}"
+    if not os.path.exists(folder):
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", address, folder], check=True)
+    os.chdir(os.path.join(folder, "notebooks"))
+    sys.path.insert(0, folder)
 """
 
 

@@ -34,7 +34,7 @@ class Machine:
             return bool(self.venv_error), self.venv_error
         if "pip install" in words:
             self.calls.append("install")
-            return self.pip
+            return self.pip() if callable(self.pip) else self.pip
         if "import sys, pip" in words:
             if self.venv_python is None:
                 raise FileNotFoundError(2, "no such file", words)
@@ -91,6 +91,13 @@ def test_half_an_environment_is_made_anew(machine):
 
 def test_half_a_package_is_installed_anew(machine):
     machine.venv_python, machine.imports = sys.version_info[:2], False
+    assert set_up.main() == 0
+    assert machine.calls == ["install", "venv", "install"]
+
+
+def test_half_a_package_that_pip_cannot_replace_is_installed_anew(machine):
+    machine.venv_python, machine.imports = sys.version_info[:2], True
+    machine.pip = lambda: (0, "") if "venv" in machine.calls else (1, "error: uninstall-no-record-file")
     assert set_up.main() == 0
     assert machine.calls == ["install", "venv", "install"]
 
