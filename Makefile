@@ -6,10 +6,10 @@ BIN := .venv/Scripts
 endif
 READY := .venv/ready
 
-.PHONY: help run test lab refresh bench faults mutation
+.PHONY: help run test test-browser lab refresh bench faults mutation
 
 help:     ## this list
-	@grep -E "^[a-z]+: .*##" Makefile | sed -E "s/:[^#]*## /:	/"
+	@grep -E "^[a-z-]+: .*##" Makefile | sed -E "s/:[^#]*## /:	/"
 
 run: $(READY)  ## execute every notebook in order; copies and HTML pages go to build/
 	$(BIN)/python scripts/run_notebooks.py
@@ -17,8 +17,12 @@ run: $(READY)  ## execute every notebook in order; copies and HTML pages go to b
 test: $(READY)  ## check every output, every figure and the helpers
 	$(BIN)/python -m pytest
 
+test-browser: $(READY)  ## run the series in JupyterLab and look at GitHub's pages, in Chromium; screenshots go to build/browser/
+	$(BIN)/python -m pip install --quiet --editable .[browser]
+	$(BIN)/python -m pytest tests/browser
+
 lab: $(READY)  ## open the series in JupyterLab
-	$(BIN)/python -m jupyter lab --notebook-dir=notebooks
+	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 refresh: $(READY)  ## for maintainers: make the committed outputs, figures, results and tables anew
 	$(BIN)/python scripts/write_badges.py
