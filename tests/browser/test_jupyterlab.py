@@ -207,4 +207,4 @@ LINE = ["a: 3/3, accuracy 97.2 %\n"]
 )
 def test_each_fault_of_a_run_is_caught(cell: dict, end: dict, states: set[str], problem: str) -> None:
     found = problems(nbformat.v4.new_notebook(cells=[cell]), [END | end], [states])
-    assert len(found) == bool(problem) and problem in "".join(found)
+    assert bool(found) == bool(problem) and problem in "".join(found)
