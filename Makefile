@@ -27,6 +27,7 @@ lab: $(READY)  ## open the series in JupyterLab
 refresh: $(READY)  ## for maintainers: make the committed outputs, figures, results and tables anew
 	$(BIN)/python scripts/write_badges.py
 	$(BIN)/python scripts/draw_concepts.py
+	$(BIN)/python scripts/write_solutions.py
 	$(BIN)/python scripts/run_notebooks.py --in-place
 	$(BIN)/python scripts/write_readme.py
 

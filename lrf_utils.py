@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -717,3 +718,31 @@ def drawn_numbers(figure: plt.Figure) -> str:
 def say(text: str) -> None:
     """Display ``text`` as Markdown: a sentence whose numbers come from the run."""
     display(Markdown(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exercises
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(answer: object, is_right: Callable[[Any], object], hint: str) -> None:
+    """Print whether an exercise is solved: "Right.", "Not yet." and the hint, or "Not tried yet.".
+
+    Args:
+        answer: a value, a tuple of values, or a function without arguments that returns one of these. As long as it,
+            or a member of the tuple, is ``...`` or None, the exercise counts as not tried.
+        is_right: tells whether that value (or tuple, as one argument) is right.
+        hint: what to think about after a wrong answer.
+
+    A wrong answer never raises: an error in ``answer`` or ``is_right`` is printed behind the hint.
+    """
+    try:
+        value = answer() if isinstance(answer, FunctionType) else answer
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(part is ... or part is None for part in parts):
+            verdict = "Not tried yet."
+        else:
+            verdict = "Right." if is_right(value) else f"Not yet. {hint}"
+    except Exception as error:
+        verdict = f"Not yet. {hint} ({type(error).__name__}: {error})"
+    print(verdict)

@@ -1,4 +1,4 @@
-"""Execute the notebooks in order, showing which cell is at work.
+"""Execute the lessons in order, then the notebooks with the solutions, showing which cell is at work.
 
 By default the executed copies and an HTML page of each go to ``build/``, and nothing else changes. With ``--in-place``
 the committed notebooks, results, checkpoints and images are made anew.
@@ -70,11 +70,11 @@ def main() -> int:
             copy.with_suffix(".html").write_text(page, encoding="utf-8")
         print(f"[{number}/{len(paths)}] {path.name}: done in {seconds[path.stem]:.0f} s", flush=True)
     if in_place:
-        table = pd.Series(seconds, name="seconds").rename_axis("notebook").round(1)
+        lessons = {name: seconds[name] for name in seconds if not name.endswith("_solutions")}
+        table = pd.Series(lessons, name="seconds").rename_axis("notebook").round(1)
         table.to_csv(ROOT / "results" / "run_times.csv")
-    print(
-        f"All {len(paths)} notebooks ran in {sum(seconds.values()):.0f} s; they are in {copy.parent.relative_to(ROOT)}/"
-    )
+    folder = (out / "notebooks").relative_to(ROOT)
+    print(f"All {len(paths)} notebooks ran in {sum(seconds.values()):.0f} s; they are in {folder}/")
     return 0
 
 

@@ -1658,3 +1658,58 @@ def test_say_displays_markdown(displayed):
     lrf.say("**97.28 %** at rank 10")
     [((shown,), options)] = displayed
     assert type(shown) is Markdown and shown.data == "**97.28 %** at rank 10" and options == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exercises
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_two(value):
+    return value == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right", "verdict"),
+    [
+        (2, is_two, "Right."),
+        (3, is_two, "Not yet. Count again."),
+        (..., is_two, "Not tried yet."),
+        (None, is_two, "Not tried yet."),
+        (0, is_two, "Not yet. Count again."),
+        ((1, 2), lambda pair: pair == (1, 2), "Right."),
+        ((1, 3), lambda pair: pair == (1, 2), "Not yet. Count again."),
+        ((1, ...), lambda pair: pair == (1, 2), "Not tried yet."),
+        ((None, 2), lambda pair: pair == (1, 2), "Not tried yet."),
+        (lambda: 2, is_two, "Right."),
+        (lambda: 3, is_two, "Not yet. Count again."),
+        (lambda: ..., is_two, "Not tried yet."),
+        (lambda: (1, None), is_two, "Not tried yet."),
+        (lambda: 1 / 0, is_two, "Not yet. Count again. (ZeroDivisionError: division by zero)"),
+        (
+            "2",
+            lambda value: value < 2,
+            "Not yet. Count again. (TypeError: '<' not supported between instances of 'str' and 'int')",
+        ),
+        (torch.tensor(2), is_two, "Right."),
+        (torch.tensor([2, 3]), lambda values: (values > 1).all(), "Right."),
+        (nn.ReLU(), lambda module: isinstance(module, nn.ReLU), "Right."),  # callable, but no function
+    ],
+)
+def test_check_prints_its_verdict_and_never_fails(capsys, answer, is_right, verdict):
+    assert lrf.check(answer, is_right, "Count again.") is None
+    assert capsys.readouterr().out == verdict + "\n"
+
+
+def test_check_does_not_ask_about_an_answer_that_was_not_tried(capsys):
+    asked = []
+    lrf.check((..., 2), asked.append, "Count again.")
+    assert not asked
+
+
+def test_check_lets_itself_be_interrupted():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lrf.check(interrupt, is_two, "Count again.")
