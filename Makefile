@@ -24,7 +24,7 @@ test-browser: $(READY)  ## run the series in JupyterLab and look at GitHub's pag
 lab: $(READY)  ## open the series in JupyterLab
 	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
-refresh: $(READY)  ## for maintainers: make the committed outputs, figures, results and tables anew
+refresh: $(READY)  ## for maintainers: make the committed outputs, solutions, figures, results and tables anew
 	$(BIN)/python scripts/write_badges.py
 	$(BIN)/python scripts/draw_concepts.py
 	$(BIN)/python scripts/write_solutions.py

@@ -18,8 +18,10 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = "notebooks/03_factorize_layers.ipynb"
+SOLUTIONS = "notebooks/solutions/03_factorize_layers.toml"
 DOCUMENTS = ["tests/test_documents.py"]
 OUTPUTS = [NOTEBOOK, "tests/test_results.py"]
+EXERCISES = ["tests/test_exercises.py"]
 HELPERS = ["tests/test_lrf_utils.py", "tests/test_properties.py"]
 
 
@@ -104,7 +106,7 @@ def stream(text: str, name: str = "stdout") -> Callable[[Path], None]:
 
 
 FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
-    ("nothing (must pass)", lambda folder: None, [*DOCUMENTS, *OUTPUTS, *HELPERS]),
+    ("nothing (must pass)", lambda folder: None, [*DOCUMENTS, *OUTPUTS, *EXERCISES, *HELPERS]),
     ("a word of a stored output", in_outputs("must be an int", "must be an integer"), OUTPUTS),
     ("an exact integer of a stored output, by one", in_outputs(r"\b235146\b", "235147"), OUTPUTS),
     ("a measured number beyond its tolerance", in_outputs(r"from 97\.(\d)", r"from 96.\1"), OUTPUTS),
@@ -147,6 +149,19 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         replace("README.md", "scripts\\run_notebooks.py", "scripts\\run.py"),
         ["tests/test_set_up.py"],
     ),
+    ("a check that accepts a wrong answer", in_source("2 * r * d < d * d", "2 * r * d <= d * d"), EXERCISES),
+    ("a check that rejects its solution", in_source("2 * r * d < d * d", "2 * r * d < d"), EXERCISES),
+    (
+        "a check that calls a stub wrong",
+        replace("lrf_utils.py", "part is ... or part is None", "part is None"),
+        EXERCISES,
+    ),
+    (
+        "a solution that drifted from its source",
+        replace(SOLUTIONS, "return (d - 1) // 2", "return (d + 1) // 2 - 1"),
+        EXERCISES,
+    ),
+    ("an exercise without a solution", replace(SOLUTIONS, "[[exercise]]", "[[other]]"), EXERCISES),
     ("a wrong rank check", replace("lrf_utils.py", "1 <= rank <= min", "0 <= rank <= min"), HELPERS),
     ("unbalanced factors", replace("lrf_utils.py", "S[:rank].sqrt()", "S[:rank]"), HELPERS),
     ("a lost bias", replace("lrf_utils.py", "up.bias.copy_(layer.bias)", "up.bias.zero_()"), HELPERS),
