@@ -129,7 +129,7 @@ def explain(errors: str) -> Stop:
             f"there is no {name} for Python {platform.python_version()} on {platform.system()} {platform.machine()}: "
             f"take a Python that PyTorch supports (https://pytorch.org/get-started/locally/), as in {OTHER_PYTHON}."
         )
-    last = "\n".join([line for line in errors.splitlines() if line.strip()][-5:])
+    last = "\n".join([line for line in errors.splitlines() if line.strip() and "WARNING" not in line][-5:])
     return UnknownFailure(f"pip failed, for a reason that this script does not know. All that it said: {LOG}\n{last}")
 
 
@@ -153,6 +153,11 @@ def make_venv() -> None:
 def install() -> None:
     options = ["--disable-pip-version-check", "--prefer-binary"]
     status, errors = run([PYTHON, "-m", "pip", "install", *options, "--editable", ROOT])
+    if status < 0:
+        raise Stop(
+            f"pip was killed (signal {-status}), perhaps for lack of memory: close other programs, then run the same "
+            "command again."
+        )
     if status:
         LOG.parent.mkdir(exist_ok=True)
         LOG.write_text(errors, encoding="utf-8", errors="replace")

@@ -194,6 +194,11 @@ def test_an_unknown_failure_shows_what_pip_said_last(machine, capsys):
     assert str(set_up.LOG) in said and "line 19" in said and "line 3\n" not in said
 
 
+def test_pip_that_was_killed(machine, capsys):
+    machine.pip = (-9, "WARNING: something else")
+    assert "lack of memory" in stopped(capsys)
+
+
 def test_an_interrupt(machine, capsys, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
