@@ -233,7 +233,7 @@ def test_an_old_python_can_read_the_script():
 
 def recipes() -> dict[str, list[str]]:
     """The commands of each target of the Makefile."""
-    found = re.findall(r"^([a-z]+):.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     return {target: [line.strip() for line in lines.splitlines()] for target, lines in found}
 
 
