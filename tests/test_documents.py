@@ -41,6 +41,7 @@ NOT_MEASURED = {
     "0.001": "a learning rate",
     "0.1": "a damping",
     "95 %": "the level of an interval",
+    "99 %": "a goal in an exercise",
     "2.78": "that level's quantile of Student's t for five differences",
     "4×": "a budget",
     "8×": "a budget",
