@@ -173,10 +173,14 @@ def test_runs_in_jupyterlab(browser: Browser, lab: str, repository: Path, path: 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     height = page.evaluate("document.querySelector('.jp-Notebook .jp-WindowedPanel-viewport').scrollHeight")
     page.set_viewport_size({"width": 1280, "height": height + 150})
+    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
     page.wait_for_timeout(1000)
     page.screenshot(path=SCREENSHOTS / f"{name_of(path)}.png")
     found = problems(notebook, cells, shown)
     found += [f"a missing image: {address}" for address in page.evaluate(MISSING)]
+    api, headers = f"{lab}/api/sessions", {"Authorization": f"token {TOKEN}"}
+    for session in page.request.get(api, headers=headers).json():
+        assert page.request.delete(f"{api}/{session['id']}", headers=headers).ok, "the kernel does not stop"
     page.close()
     if faint.exists():
         found += [f"a figure: the text {line}" for line in sorted(set(faint.read_text(encoding="utf-8").splitlines()))]
@@ -208,3 +212,10 @@ LINE = ["a: 3/3, accuracy 97.2 %\n"]
 def test_each_fault_of_a_run_is_caught(cell: dict, end: dict, states: set[str], problem: str) -> None:
     found = problems(nbformat.v4.new_notebook(cells=[cell]), [END | end], [states])
     assert bool(found) == bool(problem) and problem in "".join(found)
+
+
+def test_a_missing_picture_in_the_text_is_caught(browser: Browser) -> None:
+    page = browser.new_page()
+    page.set_content('<div class="jp-MarkdownCell"><img src="http://127.0.0.1:9/nowhere.png"></div>')
+    assert page.evaluate(MISSING) == ["http://127.0.0.1:9/nowhere.png"]
+    page.close()
