@@ -22,6 +22,8 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from playwright.sync_api import Browser
 
+import lrf_utils as lrf
+from scripts import draw_concepts
 from tests.browser.conftest import BUILD, ROOT, name_of
 from tests.browser.contrast import faint_text
 from tests.test_documents import NOTEBOOKS
@@ -190,6 +192,14 @@ def test_faint_text_is_caught(colour: str, ground: str, faint: bool) -> None:
     assert [("label" in line) for line in faint_text(figure)] == [True] * faint
     assert axes.texts[0].get_color() == colour
     plt.close(figure)
+
+
+def test_the_concept_drawings_have_no_faint_text() -> None:
+    lrf.use_style()
+    for name, draw in vars(draw_concepts).items():
+        if name.startswith("draw_"):
+            assert not faint_text(draw()), name
+    plt.close("all")
 
 
 @pytest.mark.parametrize("transparent", [True, False])
