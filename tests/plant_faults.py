@@ -116,6 +116,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("a picture drawn from other numbers", in_source("ours[column], style", "1.1 * ours[column], style"), OUTPUTS),
     ("another picture's alt text", edit(lambda nb: picture(nb).metadata["image/png"].update(alt="A cat.")), OUTPUTS),
     ("a measured number typed into a notebook", add_text("The accuracy is 97.24 %."), DOCUMENTS),
+    ("a count typed into a notebook", add_text("It gets 37 of them wrong."), DOCUMENTS),
     ("a measured whole percentage typed into a notebook", add_text("It loses 3 pp."), DOCUMENTS),
     (
         "a measured time typed into the README",

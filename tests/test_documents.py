@@ -60,6 +60,18 @@ NOT_MEASURED = {
     "3.11": "version of Python",
 }
 
+# Whole numbers above 10 that may stand in the text, since no run can change them. Whatever a run counts is printed.
+WHOLE = re.compile(r"(?<![\w.,/–×#-])\d[\d,]*\d(?![\w/×-]|[.,]\d|\s?%)")
+EXACT = {
+    *(64, 100, 128, 256, 784, 1024),  # widths of layers
+    *(11, 12, 13, 20, 22, 24, 40, 50, 54, 71, 72, 80, 85, 86, 90, 127, 192, 193),  # ranks that are set, or break even
+    *(38, 138, 384, 394, 1040, 1280, 3072, 8960, 18768, 23514, 28681, 28778, 28999, 29393, 32768, 235146),  # parameters
+    *(32, 500, 1000, 3000, 10000, 12000, 50000, 60000, 70000),  # images that are taken, or that there are
+    *(9288, 100000, 165980),  # combinations that are tried
+    *(18, 30, 48, 111, 224),  # energies and sizes of small examples, worked out by hand
+    *(52, 390),  # the number of an issue, the width of a phone
+}
+
 
 def prose(markdown: str) -> str:
     """Markdown without code, mathematics, addresses, references and generated parts."""
@@ -79,9 +91,12 @@ def prose(markdown: str) -> str:
 
 
 def typed_numbers(markdown: str) -> list[str]:
-    """Numbers in the text that look measured."""
-    found = (match.group().strip() for match in MEASURED.finditer(prose(markdown)))
-    return [f"a number typed by hand that looks measured: {n!r}" for n in found if n not in NOT_MEASURED]
+    """Numbers in the text that look measured, or counted."""
+    found = [match.group().strip() for match in MEASURED.finditer(prose(markdown))]
+    problems = [f"a number typed by hand that looks measured: {n!r}" for n in found if n not in NOT_MEASURED]
+    counts = [int(match.group().replace(",", "")) for match in WHOLE.finditer(prose(markdown))]
+    unknown = [n for n in counts if n > 10 and n not in EXACT and not 1900 <= n < 2100]  # but for years
+    return problems + [f"a number typed by hand that looks counted: {n}" for n in unknown]
 
 
 def headings(path: Path) -> set[str]:
