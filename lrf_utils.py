@@ -662,7 +662,7 @@ def _ranks_until_settled(behind: nn.Sequential, outputs: Tensor, terms: Tensor) 
 def use_style() -> None:
     """The look of every figure in the series: white face, colour-blind-safe palette, light grid; tables are not cut."""
     pd.set_option("display.max_colwidth", None, "display.width", 120)
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    sns.set_theme(style="whitegrid", palette="colorblind")
     plt.rcParams.update({"figure.facecolor": "white", "figure.dpi": 110, "axes.titlesize": "medium"})
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -963,6 +963,13 @@ class Doubled(nn.Sequential):
         return super().forward(x) + super().forward(-2 * x).flip(1)
 
 
+def stretched():
+    layer = nn.Linear(6, 6)
+    with torch.no_grad():
+        layer.weight.mul_(30)
+    return layer
+
+
 relu, tanh, in_place = nn.ReLU, nn.Tanh, lambda: nn.ReLU(inplace=True)
 norm, dropout = lambda: worn(nn.BatchNorm1d(6)), lambda: nn.Dropout(0.5)
 SWEPT = {
@@ -970,6 +977,7 @@ SWEPT = {
     "middle layer": (sequential(linear(6, 7), relu, linear(7, 6), relu, linear(6, 4)), "2"),
     "last layer": (sequential(linear(6, 5), relu, linear(5, 4)), "2"),
     "only layer": (sequential(linear(6, 4)), "0"),
+    "a layer between that stretches": (sequential(linear(6, 6), relu, stretched, linear(6, 4)), "0"),
     "no activation": (sequential(linear(6, 6), linear(6, 4)), "0"),
     "two relus": (sequential(linear(6, 6), relu, relu, linear(6, 4)), "0"),
     "no bias": (sequential(linear(6, 6, bias=False), relu, linear(6, 4)), "0"),
@@ -1078,7 +1086,8 @@ def test_an_image_settles_no_earlier_than_its_last_rank_on_the_wrong_side(rank, 
         layer.bias.fill_(max(bias, 20.0) if relus else bias)
         classifier.weight.copy_(torch.stack([missing, -missing, 0 * missing]))
         dense = layer(V @ codes)
-        classifier.bias.copy_(torch.tensor([0.0, 0, -1e9]))
+        classifier.bias.zero_()
+        classifier.bias[2] = missing @ dense - 300  # never the largest, yet not so far off that rounding would count
         classifier.bias[1] = 2 * missing @ dense - 0.99 * 2 * missing @ missing
     model = nn.Sequential(layer, *(nn.ReLU() for _ in range(relus)), classifier)
     x, y = (V @ codes).repeat(3, 1), torch.zeros(3)
@@ -1213,6 +1222,20 @@ def inplace():
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
 
 
+class Scribble(nn.Module):
+    """Overwrites what its layer was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        hidden = x + 1
+        logits = self.fc(hidden)
+        hidden.zero_()
+        return logits
+
+
 def inputs_of(model, layer, x):
     """All rows that the layer is fed with."""
     rows = []
@@ -1227,6 +1250,7 @@ def inputs_of(model, layer, x):
 STATISTICS_OF = {
     "in place": (inplace, "0", (40, 6)),
     "behind a ReLU": (inplace, "2", (40, 6)),
+    "overwritten": (Scribble, "fc", (40, 6)),
     "used twice": (Residual, "stem", (40, 6)),
     "head without a bias": (Residual, "head", (40, 6)),
     "tokens": (Tokens, "fc", (40, 5, 6)),
@@ -1580,8 +1604,8 @@ def test_use_style(displayed):
 @pytest.mark.parametrize("save", [None, "images/curve.png"])
 def test_show_displays_a_picture_with_its_alt_text_and_its_numbers_and_closes_it(displayed, tmp_path, save):
     plt.rcParams["savefig.format"] = "pdf"
-    other = plt.figure()
     figure, axes = plt.subplots()
+    other = plt.figure()
     axes.plot([1, 2], [0.5, 0.25])
     lrf.show(figure, "two points", *([save] if save else []))
     [((data,), options)] = displayed
@@ -1609,6 +1633,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
     right.scatter([1, 2.5], [3, 4], label="dots")
     right.scatter([7], [8], label="one")
     right.scatter(np.ma.masked_equal([1, 2], 2), [3, 4], label="masked")
+    right.vlines([1, 2], 3, [4, 5], label="two lines")
     right.imshow(np.ma.masked_equal([[1.0, 2.0], [4.0, 9.0]], 9.0))
     assert lrf.drawn_numbers(figure).splitlines() == [
         "axes 'Lines': 'rank', 'error'",
@@ -1626,6 +1651,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
         "points 'dots': 1.000 3.000 2.500 4.000",
         "points 'one': 7 8",
         "points 'masked': 1.000 3.000 nan nan",
+        "points 'two lines': 1 3 1 4 2 3 2 5",
         "image (2, 2): mean 2.333, standard deviation 1.247",
     ]
 
