@@ -50,7 +50,7 @@ GOALS = [
     (f"{MLP}, 5 epochs", MLP, "8x, 5 epochs", "dense, 3 + 5 epochs", None, "8x, narrower dense layers, 8 epochs"),
     (f"{MLP}, 10 epochs", MLP, "12x, 10 epochs", "dense, 3 + 10 epochs", None, "12x, narrower dense layers, 13 epochs"),
     (f"the same, {SHIFTED}", MLP, f"12x, 10 epochs, {SHIFTED}", "dense, 3 + 5 epochs, shifted images", None, None),
-    (f"LeNet300 ({LENET}), 10 epochs", LENET, "10x, 10 epochs", "dense, 3 epochs", LEARNED_RANKS, None),
+    (f"LeNet300 ({LENET}), 10 epochs", LENET, "10x, 10 epochs", "dense, 3 + 10 epochs", LEARNED_RANKS, None),
     (f"the same, {SHIFTED}", LENET, f"10x, 10 epochs, {SHIFTED}", "dense, 3 + 5 epochs, shifted images", None, None),
     (
         f"{LARGE.replace('x', '×')} at rank 20, no training",
