@@ -533,7 +533,7 @@ def allocate_ranks(
         raise TypeError(f"budget must be an int, got {budget!r} ({type(budget).__name__})")
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     statistics = layer_statistics(model, layers, inputs, temperature=temperature) if inputs is not None else {}
-    cost, error, choices = torch.zeros(1, dtype=torch.long), torch.zeros(1).double(), []
+    cost, error, choices = torch.tensor([0]), torch.zeros(1).double(), []
     for name, layer in layers.items():
         _check_finite(layer.weight)
         m, n = layer.weight.shape
@@ -675,9 +675,7 @@ def show(figure: plt.Figure, alt: str, save: str | None = None) -> None:
     """
     png, drawing = io.BytesIO(), io.BytesIO()
     figure.savefig(drawing, format="png")
-    Image.open(drawing).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        png, format="png"
-    )  # a third of the size
+    Image.open(drawing).convert("RGB").quantize(256).save(png, format="png")  # a third of the size
     if save:
         output_path(save).write_bytes(png.getvalue())
     data = {"image/png": png.getvalue(), "text/plain": drawn_numbers(figure)}
@@ -709,7 +707,7 @@ def drawn_numbers(figure: plt.Figure) -> str:
                 drawn = [group.get_offsets()]
             lines.append(f"points {group.get_label()!r}: {' '.join(digits(vertices) for vertices in drawn)}")
         for image in axes.images:
-            values = np.ma.asarray(image.get_array(), dtype=float)
+            values = image.get_array()
             lines.append(f"image {values.shape}: mean {values.mean():#.4g}, standard deviation {values.std():#.4g}")
         lines += [f"text {text.get_text()!r}" for text in axes.texts]
     return "\n".join(lines)

@@ -1297,6 +1297,18 @@ def test_statistics_are_float64_whatever_the_model_is():
     torch.testing.assert_close(found.covariance, torch.cov(rows.T, correction=0), rtol=1e-9, atol=1e-9)
 
 
+def test_the_metric_of_a_float16_model_is_summed_in_float64():
+    layer, x = nn.Linear(6, 4).half(), matrix(200, 6).half()
+    logits = layer(x).detach().requires_grad_()
+    log_p, metric = logits.log_softmax(1), torch.zeros(4, 4, **float64)
+    for c in range(4):
+        (g,) = torch.autograd.grad(-log_p[:, c].sum(), logits, retain_graph=True)
+        g = (g * log_p[:, c, None].detach().exp().sqrt()).double()
+        metric += g.T @ g / 200
+    found = lrf.layer_statistics(layer, [""], x, temperature=1)[""].metric
+    torch.testing.assert_close(found, metric, rtol=1e-9, atol=1e-12)
+
+
 def test_statistics_take_one_pass_in_batches_of_1000_and_leave_the_model_as_it_was():
     model = nn.Sequential(Probe(), seeded(inplace))
     before = snapshot(model)
@@ -1621,7 +1633,7 @@ def test_show_displays_a_picture_with_its_alt_text_and_its_numbers_and_closes_it
 def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
     figure, (left, right) = plt.subplots(1, 2)
     left.set(title="Lines", xlabel="rank", ylabel="error")
-    left.plot([1, 2, 3], [0.123456, 2e-7, 12345.6], label="err")
+    left.plot([1, 2, 3, 4], [0.123456, 2e-7, 1234.6, 12345.6], label="err")
     left.plot([10, 20], [-3, 1_000_000])
     left.plot([-0.0, 1], [0.5, -0.0], label="zeros")
     left.plot([1, 2], [1, float("nan")], label="gap")
@@ -1637,7 +1649,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
     right.imshow(np.ma.masked_equal([[1.0, 2.0], [4.0, 9.0]], 9.0))
     assert lrf.drawn_numbers(figure).splitlines() == [
         "axes 'Lines': 'rank', 'error'",
-        "line 'err': x 1 2 3; y 0.1235 2.000e-07 1.235e+04",
+        "line 'err': x 1 2 3 4; y 0.1235 2.000e-07 1235.0 1.235e+04",
         "line '_child1': x 10 20; y -3 1000000",
         "line 'zeros': x 0 1; y 0.5000 0.000",
         "line 'gap': x 1 2; y 1.000 nan",
