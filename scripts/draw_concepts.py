@@ -11,8 +11,8 @@ BLUE, ORANGE, GREEN, GRAY = "#0173b2", "#de8f05", "#029e73", "#949494"  # seabor
 def block(ax: plt.Axes, x: float, y: float, width: float, height: float, color: str, name: str, size: str) -> None:
     """A matrix, drawn to scale around the height ``y`` of its middle, with its name inside and its size below."""
     ax.add_patch(Rectangle((x, y - height / 2), width, height, facecolor=color, alpha=0.35, edgecolor=color, lw=2))
-    ax.text(x + width / 2, y, name, ha="center", va="center", fontsize=15)
-    ax.text(x + width / 2, y - height / 2 - 0.12, size, ha="center", va="top", fontsize=11, color="#333333")
+    ax.text(x + width / 2, y, name, ha="center", va="center", fontsize=17)
+    ax.text(x + width / 2, y - height / 2 - 0.12, size, ha="center", va="top", fontsize=13, color="#333333")
 
 
 def sign(ax: plt.Axes, x: float, y: float, text: str) -> None:
@@ -25,7 +25,7 @@ def units(
     """A column of ``count`` network units; returns where they are."""
     spots = [(x, y + height * (i / (count - 1) - 0.5)) for i in range(count)]
     ax.scatter(*zip(*spots), s=60, color=color, zorder=3)
-    ax.text(x, y - height / 2 - 0.2, label, ha="center", va="top", fontsize=11, color="#333333")
+    ax.text(x, y - height / 2 - 0.2, label, ha="center", va="top", fontsize=13, color="#333333")
     return spots
 
 
@@ -72,14 +72,14 @@ def draw_svd() -> plt.Figure:
     sign(ax, 0.5, 1.2, "=")
     for i, shade in enumerate((0.9, 0.55, 0.3)):
         x = 0.9 + 2.55 * i
-        ax.text(x, 1.2, f"σ{'₁₂₃'[i]}", fontsize=15, ha="center", va="center")
+        ax.text(x, 1.2, f"σ{'₁₂₃'[i]}", fontsize=17, ha="center", va="center")
         ax.add_patch(Rectangle((x + 0.25, 0.7), 0.14, 1.0, facecolor=ORANGE, alpha=shade, edgecolor=ORANGE))
         ax.add_patch(Rectangle((x + 0.5, 1.56), 1.4, 0.14, facecolor=GREEN, alpha=shade, edgecolor=GREEN))
-        ax.text(x + 0.32, 0.6, f"u{'₁₂₃'[i]}", fontsize=12, ha="center", va="top")
-        ax.text(x + 1.2, 1.5, f"v{'₁₂₃'[i]}ᵀ", fontsize=12, ha="center", va="top")
+        ax.text(x + 0.32, 0.6, f"u{'₁₂₃'[i]}", fontsize=14, ha="center", va="top")
+        ax.text(x + 1.2, 1.5, f"v{'₁₂₃'[i]}ᵀ", fontsize=14, ha="center", va="top")
         sign(ax, x + 2.2, 1.2, "+" if i < 2 else "+ …")
     ax.text(
-        4.5, 0.12, "largest first: stop after r terms, and you have the best matrix of rank r", ha="center", fontsize=12
+        4.5, 0.12, "largest first: stop after r terms, and you have the best matrix of rank r", ha="center", fontsize=14
     )
     return fig
 
