@@ -584,25 +584,30 @@ def test_train_refuses_numbers_below_one_and_changes_nothing(epochs, batch_size)
 
 
 class Screen(io.StringIO):
-    """Text that is seen when it is flushed."""
+    """Text that is seen when it is flushed, and how many batches the model has had by then."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
-        self.seen = []
+        self.seen, self.batches = [], 0
+        model.register_forward_hook(self.count)
+
+    def count(self, module, args, output):
+        self.batches += module.training
 
     def flush(self):
-        self.seen.append(self.getvalue())
+        self.seen.append((self.batches, self.getvalue()))
 
 
 def test_progress_is_one_line_that_counts_the_batches(monkeypatch, capsys):
     model, x, y = small_problem(101)
     lrf.train(model, x, y, epochs=1, seed=0, batch_size=1)
     assert capsys.readouterr().out == ""
-    screen = Screen()
+    screen = Screen(model)
     monkeypatch.setattr(sys, "stdout", screen)
     history = lrf.train(model, x, y, epochs=2, seed=0, batch_size=1, progress="seed 0")
     lines = [f"\rseed 0: epoch {e}/2, batch {b}/101" for e in (1, 2) for b in (50, 100, 101)]
-    assert screen.seen == ["".join(lines[: i + 1]) for i in range(6)]
+    batches = [50, 100, 101, 151, 201, 202]
+    assert screen.seen == [(batches[i], "".join(lines[: i + 1])) for i in range(6)]
     assert screen.getvalue() == "".join(lines) + f", training accuracy {100 * history[-1]['accuracy']:.2f} %\n"
 
 
@@ -1666,6 +1671,12 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
         "points 'two lines': 1 3 1 4 2 3 2 5",
         "image (2, 2): mean 2.333, standard deviation 1.247",
     ]
+
+
+def test_drawn_numbers_start_with_the_title_of_the_figure(displayed):
+    figure = plt.figure()
+    figure.suptitle("All layers")
+    assert lrf.drawn_numbers(figure) == "figure 'All layers'"
 
 
 def test_drawn_numbers_of_named_categories_are_their_positions(displayed):
