@@ -29,15 +29,6 @@ plt.switch_backend("agg")
 float64 = {"dtype": torch.float64}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small, threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def snapshot(model):
     """What a function that only reads must leave as it is: modules, modes, gradient flags, values, random state."""
     tensors = [*model.parameters(), *model.buffers()]

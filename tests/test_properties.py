@@ -17,15 +17,6 @@ settings.register_profile("lrf", deadline=None, derandomize=True, max_examples=5
 settings.load_profile("lrf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small, threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 sides = st.integers(1, 12)
 seeds = st.integers(0, 2**31)
