@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from itertools import pairwise, product
@@ -162,6 +163,12 @@ def test_archives_are_unpacked_and_each_part_is_what_its_file_holds(raw):
     torch.testing.assert_close(data.x_train, ((torch.arange(3 * 784.0) % 251 / 255 - 0.1307) / 0.3081).reshape(3, 784))
     torch.testing.assert_close(data.x_test, ((torch.arange(2 * 784.0) % 241 / 255 - 0.1307) / 0.3081).reshape(2, 784))
     assert sorted(path.name for path in raw.iterdir()) == sorted([*FAKES, *(f"{name}.gz" for name in FAKES)])
+
+
+def test_files_are_unpacked_on_the_disk_where_they_belong(raw, monkeypatch):
+    """Only there can a file be put in place all at once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(raw / "another disk"))
+    lrf.load_mnist(raw.parent.parent)
 
 
 def test_the_folder_may_be_given_as_text(raw):
@@ -1641,6 +1648,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
     right.scatter([1, 2.5], [3, 4], label="dots")
     right.scatter([7], [8], label="one")
     right.scatter(np.ma.masked_equal([1, 2], 2), [3, 4], label="masked")
+    right.scatter([0, 0], [0, 0], label="at the origin")
     right.vlines([1, 2], 3, [4, 5], label="two lines")
     right.imshow(np.ma.masked_equal([[1.0, 2.0], [4.0, 9.0]], 9.0))
     assert lrf.drawn_numbers(figure).splitlines() == [
@@ -1659,6 +1667,7 @@ def test_drawn_numbers_lists_everything_that_is_drawn(displayed):
         "points 'dots': 1.000 3.000 2.500 4.000",
         "points 'one': 7 8",
         "points 'masked': 1.000 3.000 nan nan",
+        "points 'at the origin': 0 0 0 0",
         "points 'two lines': 1 3 1 4 2 3 2 5",
         "image (2, 2): mean 2.333, standard deviation 1.247",
     ]
