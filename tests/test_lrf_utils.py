@@ -1565,6 +1565,11 @@ def test_a_model_without_weights_to_save_needs_no_ranks():
     assert lrf.allocate_ranks(zero, 80) == {"0": 1}
 
 
+def test_a_pair_as_large_as_the_layer_is_no_option():
+    model = nn.Sequential(layer_of(torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))))
+    assert lrf.break_even_rank(4, 4) == 1 and lrf.allocate_ranks(model, 16) == {}
+
+
 @pytest.mark.parametrize("budget", [1e5, True, "9", None])
 def test_a_budget_is_an_integer(budget):
     text = f"budget must be an int, got {budget!r} ({type(budget).__name__})"
