@@ -1131,7 +1131,7 @@ def test_an_image_within_rounding_of_the_boundary_stays_open(scale, size):
     """The allowance is 1e-4 of the image's features times the longest row, and of the batch's largest logit."""
     classifier = nn.Linear(2, 2, **float64)
     with torch.no_grad():
-        classifier.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        classifier.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
         classifier.bias.zero_()
     allowance = 1e-4 * (2**0.5 + 1)
     gaps = torch.tensor([0.98, 1.02, 0.98, 1.02], **float64) * allowance
@@ -1366,6 +1366,18 @@ def test_statistics_of_a_layer_that_is_not_used_are_refused():
     text = "the model does not use its layer 'unused'"
     raises(ValueError, text, statistics_of, model, ["used", "unused"])
     raises(ValueError, text, statistics_of, model, ["unused"], temperature=1)
+
+
+class Ignored(Unused):
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+def test_a_layer_whose_output_does_not_count_has_a_metric_of_zero():
+    found = statistics_of(seeded(Ignored), ["used", "unused"], temperature=1)
+    assert found["used"].metric.norm() > 0 and found["unused"].metric.norm() == 0
+    assert found["unused"].covariance.norm() > 0
 
 
 def test_gradients_that_are_not_finite_are_refused():
