@@ -67,9 +67,8 @@ def environment(repository: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def lab(repository: Path) -> Iterator[str]:
     """The address of a JupyterLab that the command of ``make lab`` started in the copy."""
-    command = subprocess.check_output(["make", "-n", "--no-print-directory", "lab"], cwd=ROOT, text=True).splitlines()[
-        -1
-    ]
+    recipe = subprocess.check_output(["make", "-n", "--no-print-directory", "lab"], cwd=ROOT, text=True)
+    command = recipe.splitlines()[-1]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
