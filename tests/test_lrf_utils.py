@@ -1642,7 +1642,7 @@ def test_show_displays_a_picture_with_its_alt_text_and_its_numbers_and_closes_it
     lrf.show(figure, "two points", *([save] if save else []))
     [((data,), options)] = displayed
     assert set(data) == {"image/png", "text/plain"}
-    assert data["image/png"].startswith(b"\x89PNG\r\n")
+    assert data["image/png"].startswith(b"\x89PNG\r\n") and b"tRNS" not in data["image/png"]  # opaque
     assert data["text/plain"] == "axes '': '', ''\nline '_child0': x 1 2; y 0.5000 0.2500"
     assert options == {"raw": True, "metadata": {"image/png": {"alt": "two points"}}}
     assert not plt.fignum_exists(figure.number) and plt.fignum_exists(other.number)
