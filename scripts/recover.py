@@ -1,7 +1,7 @@
 """The long runs behind notebook 07, all five seeds: factorize, then recover. Writes results/recovery.csv.
 
-    python scripts/train_large.py [--parts mlp controls lenet large continued] [--seeds 0 1 2 3 4] [--out FILE]
-    python scripts/train_large.py --validate
+    python scripts/recover.py [--parts mlp controls lenet large continued] [--seeds 0 1 2 3 4] [--out FILE]
+    python scripts/recover.py --validate
 
 One thread needs about an hour for everything. Each row is written as soon as it is measured; rows that are in the file
 already are skipped, so an interrupted run resumes. The test set only measures: ranks, rates and epochs were chosen with
