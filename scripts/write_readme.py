@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md: the map of the notebooks and the two results tables."""
+"""Fill the generated parts of README.md: the badges, the map of the notebooks and the two results tables."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,16 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from scripts.write_badges import badges, read_address
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme_badges() -> str:
+    """The badges and what they are for, once the repository has an address."""
+    address = read_address()
+    links = badges(address, "notebooks/01_svd_theory.ipynb", "notebooks") if address else ""
+    return links and f"{links}\n\nThe badges open the series in the browser. Each notebook has its own pair."
 
 
 def notebook_map() -> str:
@@ -106,7 +115,7 @@ def goals_table() -> str:
     return "\n".join(lines)
 
 
-GENERATED = {"map": notebook_map, "results": results_table, "goals": goals_table}
+GENERATED = {"badges": readme_badges, "map": notebook_map, "results": results_table, "goals": goals_table}
 
 
 def fill(text: str) -> str:
@@ -115,7 +124,7 @@ def fill(text: str) -> str:
         start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        text = f"{before}{start}\n\n{make()}\n\n{end}{after}"
+        text = before + "\n\n".join(filter(None, (start, make(), end))) + after
     return text
 
 

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_c
 LESSONS = [path for path in NOTEBOOKS if path.parent.name == "notebooks" and path.name[0].isdigit()]
 PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
 
-KNOWN_TAGS = {*TOLERANCES, "raises-exception", "setup", "exercise", "check", "colab"}
+KNOWN_TAGS = {*TOLERANCES, "raises-exception", "setup", "exercise", "check"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|private|mnt|usr)/|[A-Z]:\\")
 UNIT = r"\s?(?:%|pp\b|ms\b|µs\b|s\b|seconds?\b|minutes?\b|times\b|×(?!\s?\d)|images?\b|mistakes?\b|percent\b)"
 MEASURED = re.compile(rf"(?<![\w.,/–×-])[-−]?(?!10\.\d{{4}}/)\d[\d,]*(?:\.\d+|(?:\.\d+)?{UNIT})(?:{UNIT})?")
@@ -222,3 +222,13 @@ def test_time_to_run_is_the_measured_one(path):
 def test_readme_is_what_the_results_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == fill(readme), "README.md differs from results/ and notebooks/; run make refresh"
+
+
+def test_version_is_the_same_in_project_citation_and_changelog():
+    pattern = {
+        "pyproject.toml": r'^version = "(.+)"',
+        "CITATION.cff": r"^version: (.+)",
+        "CHANGELOG.md": r"^## ([\d.]+)",
+    }
+    found = {name: re.search(p, (ROOT / name).read_text("utf-8"), re.MULTILINE).group(1) for name, p in pattern.items()}
+    assert len(set(found.values())) == 1, found
