@@ -144,7 +144,11 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         edit(lambda nb: code(nb)[3].metadata.update(tags=["nbval-ignore-output"])),
         DOCUMENTS,
     ),
-    ("a badge without an address", replace(NOTEBOOK, "on two cores.", "on two cores.\\n\\n[![Open in Colab](x)](y)"), ["tests/test_badges.py"]),
+    (
+        "a badge without an address",
+        replace(NOTEBOOK, "on two cores.", "on two cores.\\n\\n[![Open in Colab](x)](y)"),
+        ["tests/test_badges.py"],
+    ),
     (
         "a command for Windows that is not make's",
         replace("README.md", "scripts\\run_notebooks.py", "scripts\\run.py"),

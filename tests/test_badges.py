@@ -34,9 +34,11 @@ def test_an_address_comes_and_goes(tmp_path, monkeypatch):
         (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
         write_all(tmp_path)
         monkeypatch.setattr(write_readme, "read_address", lambda: read_address(tmp_path))
-        return [text.count("a/b") for text in (lesson.read_text("utf-8"), citation.read_text("utf-8"))], [
-            cell.id for cell in nbformat.read(lesson, as_version=4).cells[:2]
-        ], "a/b" in write_readme.readme_badges()
+        return (
+            [text.count("a/b") for text in (lesson.read_text("utf-8"), citation.read_text("utf-8"))],
+            [cell.id for cell in nbformat.read(lesson, as_version=4).cells[:2]],
+            "a/b" in write_readme.readme_badges(),
+        )
 
     assert with_address("") == ([0, 0], ["cell-00", "cell-01"], False)
     for _ in range(2):

@@ -140,7 +140,11 @@ def notebook_problems(path: Path) -> list[str]:
     for number, cell in enumerate(notebook.cells):
         found = []
         if cell.cell_type == "markdown":
-            found += typed_numbers(cell.source, sources) + broken_links(cell.source, path.parent) + bare_references(cell.source)
+            found += (
+                typed_numbers(cell.source, sources)
+                + broken_links(cell.source, path.parent)
+                + bare_references(cell.source)
+            )
         if cell.cell_type == "code":
             tags = set(cell.metadata.get("tags", []))
             found += [f"an unknown tag: {tag}" for tag in tags - KNOWN_TAGS]
