@@ -6,7 +6,7 @@ BIN := .venv/Scripts
 endif
 READY := .venv/ready
 
-.PHONY: help run test test-browser lab refresh bench faults mutation
+.PHONY: help run test check test-browser lab refresh faults mutation
 
 help:     ## this list
 	@grep -E "^[a-z-]+: .*##" Makefile | sed -E "s/:[^#]*## /:	/"
@@ -16,6 +16,12 @@ run: $(READY)  ## execute every notebook in order; copies and HTML pages go to b
 
 test: $(READY)  ## check every output, every figure and the helpers
 	$(BIN)/python -m pytest
+
+check: $(READY)  ## for contributors, in two minutes: style, documents, exercises and helpers, without running the notebooks
+	$(BIN)/python -m pip install --quiet ruff==0.17.6
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m pytest tests
 
 test-browser: $(READY)  ## run the series in JupyterLab and look at GitHub's pages, in Chromium; screenshots go to build/browser/
 	$(BIN)/python -m pip install --quiet --editable .[browser]
@@ -39,9 +45,6 @@ mutation: $(READY)  ## change lrf_utils.py line by line; the tests must notice
 	$(BIN)/python -m mutmut run
 	$(BIN)/python -m mutmut results
 
-bench: $(READY)  ## speed of rank_sweep, as ratios
-	$(BIN)/python scripts/benchmark.py
-
-# The script mends a set-up that was cut off, and writes the stamp last.
+# The script writes the stamp last, and begins a set-up that was cut off again.
 $(READY): pyproject.toml
 	@$(PYTHON) scripts/set_up.py

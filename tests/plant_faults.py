@@ -150,8 +150,8 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         ["tests/test_badges.py"],
     ),
     (
-        "a command for Windows that is not make's",
-        replace("README.md", "scripts\\run_notebooks.py", "scripts\\run.py"),
+        "a command without make that is not make's",
+        replace("README.md", "scripts/run_notebooks.py", "scripts/run.py"),
         ["tests/test_set_up.py"],
     ),
     ("a check that accepts a wrong answer", in_source("2 * r * d < d * d", "2 * r * d <= d * d"), EXERCISES),
