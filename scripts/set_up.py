@@ -17,6 +17,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 READY = VENV / "ready"  # the Makefile looks for it; it is written last
 NEEDED = (3, 11)  # as in pyproject.toml
 OTHER = "py -3.12 scripts\\set_up.py" if os.name == "nt" else "make PYTHON=python3.12 test"
+AGAIN = ", then give the same command again"
 CAUSES = {  # what venv and pip say -> what to do
     r"No space left|Disk quota|not enough space|Errno (28|122)\b": (
         "the disk is full: make room, 2 GB for the CPU build of PyTorch (see README.md), 8 GB with CUDA"
@@ -32,11 +33,11 @@ def advice(errors):
     """What to do, from what venv or pip said; where that is not known, its last lines."""
     known = [todo for pattern, todo in CAUSES.items() if re.search(pattern, errors)]
     last = "\n".join(errors.strip().splitlines()[-5:])
-    return known[0] if known else f"{last}\nMend that, or take another Python, as in {OTHER}"
+    return known[0] + AGAIN if known else f"{last}\nMend that, or take another Python, as in {OTHER}"
 
 
 def stop(reason):
-    sys.exit(f"Set-up stopped: {reason}, then give the same command again.")
+    sys.exit(f"Set-up stopped: {reason}.")
 
 
 def run(*command):
@@ -49,14 +50,14 @@ def make_venv():
     version, needed = "{}.{}".format(*sys.version_info), "{}.{}".format(*NEEDED)
     if sys.version_info < NEEDED:
         stop(
-            f"this is Python {version}, and {needed} or newer is needed: install it (https://www.python.org/downloads/) "
-            f"and name it, as in {OTHER}"
+            f"this is Python {version}, and {needed} or newer is needed: install it from "
+            f"https://www.python.org/downloads/, then name it, as in {OTHER}"
         )
     tools = [name for name, needs in (("venv", "ensurepip"), ("virtualenv", "virtualenv")) if find_spec(needs)]
     if not tools:
         stop(
-            f"this Python lacks its venv module: install it (Debian and Ubuntu: sudo apt install python{version}-venv) "
-            "or, without root, python3 -m pip install --user virtualenv"
+            f"this Python lacks its venv module: install it (Debian and Ubuntu: apt install python{version}-venv), "
+            f"or virtualenv, for which nobody needs root (python3 -m pip install --user virtualenv){AGAIN}"
         )
     print(f"Making .venv with Python {version}", flush=True)
     run(sys.executable, "-m", tools[0], "--clear", VENV)

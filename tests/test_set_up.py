@@ -55,7 +55,7 @@ def test_a_python_without_venv(commands, monkeypatch):
     assert commands == ["virtualenv", "pip"]
     set_up.READY.unlink()
     monkeypatch.setattr(set_up, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"apt install python3.*without root.*--user virtualenv"):
+    with pytest.raises(SystemExit, match=r"apt install python3.*root.*--user virtualenv"):
         set_up.set_up()
 
 
