@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lrf_utils as lrf
+import notebook_utils as nb
+
+torch.set_num_threads(1)
 
 COLUMNS = ["model", "method", "parameters", "ratio", "seed", "accuracy (%)"]
 WIDTHS = {"mlp": (784, 256, 128, 10), "lenet": (784, 300, 100, 10), "large": (784, *5 * [1024], 10)}
@@ -32,12 +35,12 @@ MLP_8X, MLP_12X = {"fc1": 22, "fc2": 11}, {"fc1": 14, "fc2": 8}
 LENET_10X = {"fc1": 20, "fc2": 8}
 LARGE_23X = {f"fc{i}": 20 for i in range(1, 6)}
 LARGE_40X = {"fc1": 24, "fc2": 8, "fc3": 8, "fc4": 8, "fc5": 8}
-data = lrf.load_mnist()
+data = nb.load_mnist()
 CALIBRATION = data.x_train[:10_000]
 
 
 def fit(model, targets, *, epochs, seed, lr=5e-3, temperature=1.0, pixels=0, clip=None):
-    """``lrf.train`` on all training images with three extras; ``targets`` are labels, or a teacher's probabilities.
+    """``nb.train`` on all training images with three extras; ``targets`` are labels, or a teacher's probabilities.
 
     ``temperature`` divides the logits. ``pixels``: in each epoch every image is shifted at random by up to so many.
     ``clip``: gradients longer than that are shortened.
@@ -77,40 +80,14 @@ def shift(x: Tensor, pixels: int) -> Tensor:
     return moved.flatten(1)
 
 
-@torch.no_grad()
-def factorize_sequentially(model: nn.Sequential, ranks: dict[str, int], x: Tensor, ridge=1e-4) -> nn.Sequential:
-    """Front to back: each layer is to give the dense network's output from the inputs it has in the compressed one.
-
-    First the best weight of full rank for those inputs, by least squares (the ridge keeps the old weight wherever the
-    inputs say nothing); then its low-rank approximation, in the metric of the loss. So errors do not pile up.
-    """
-    with torch.enable_grad():
-        metrics = lrf.layer_statistics(model, ranks, x, temperature=2)
-    result, dense, ours = copy.deepcopy(model), x, x
-    for name, layer in model.named_children():
-        if name in ranks:
-            mean, mean_ours = dense.double().mean(0), ours.double().mean(0)
-            centred = ours.double() - mean_ours
-            covariance = centred.T @ centred / len(x)
-            cross = (dense.double() - mean).T @ centred / len(x)
-            damping = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-            W, refit = layer.weight.double(), copy.deepcopy(layer)
-            refit.weight.copy_(torch.linalg.solve(covariance + damping, (W @ (cross + damping)).T).T)
-            refit.bias.copy_(layer.bias + W @ mean - refit.weight.double() @ mean_ours)
-            statistics = lrf.Statistics(mean_ours, covariance, metrics[name].metric)
-            setattr(result, name, lrf.factorize_linear(refit, ranks[name], inputs=statistics))
-        dense, ours = layer(dense), result.get_submodule(name)(ours)
-    return result
-
-
 @functools.cache
 def dense_model(key: str, seed: int) -> nn.Sequential:
     """Three epochs from a random start. Of the small MLP the committed one, if it may know all training images."""
     if key == "mlp" and len(data.x_train) == 60_000:
-        return lrf.load_baseline(seed)
+        return nb.load_baseline(seed)
     torch.manual_seed(seed)
-    model = lrf.make_mlp(WIDTHS[key])
-    lrf.train(model, data.x_train, data.y_train, epochs=3, seed=seed, batch_size=256 if key == "large" else 128)
+    model = nb.make_mlp(WIDTHS[key])
+    nb.train(model, data.x_train, data.y_train, epochs=3, seed=seed, batch_size=256 if key == "large" else 128)
     return model
 
 
@@ -129,11 +106,15 @@ def shifted_teacher(key: str, seed: int) -> nn.Sequential:
 @functools.cache
 def small_large(seed: int) -> nn.Sequential:
     """The network of five wide layers at 40x, before training."""
-    return factorize_sequentially(dense_model("large", seed), LARGE_40X, data.x_train[:5000])
+    return sequential("large", seed, LARGE_40X)
 
 
 def factorized(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
     return lrf.factorize(dense_model(key, seed), ranks, inputs=CALIBRATION, temperature=2)
+
+
+def sequential(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
+    return lrf.factorize_sequentially(dense_model(key, seed), ranks, data.x_train[:5000], temperature=2)
 
 
 def from_labels(model, seed, epochs):
@@ -147,7 +128,7 @@ def from_teacher(model, teacher, seed, epochs, lr=5e-3, clip=None):
 def random_start(seed: int, widths, ranks: dict[str, int] | None = None) -> nn.Sequential:
     """A new network; with ``ranks``, those layers are pairs of new layers."""
     torch.manual_seed(seed)
-    model = lrf.make_mlp(widths)
+    model = nb.make_mlp(widths)
     for name, rank in (ranks or {}).items():
         layer = model.get_submodule(name)
         down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
@@ -192,7 +173,7 @@ def large(record, seed):
     record("rank 20, truncated SVD, no training", lambda: lrf.factorize(dense_model("large", seed), LARGE_23X))
     record(
         "rank 20, sequential, no training",
-        lambda: factorize_sequentially(dense_model("large", seed), LARGE_23X, data.x_train[:5000]),
+        lambda: sequential("large", seed, LARGE_23X),
     )
     record("40x, truncated SVD, no training", lambda: lrf.factorize(dense_model("large", seed), LARGE_40X))
     record("40x, sequential, no training", lambda: small_large(seed))
@@ -288,7 +269,7 @@ def recorder(path: Path, key: str, seed: int) -> Callable[[str, Callable[[], nn.
         model = make()
         accuracy = 100 * lrf.accuracy(model, data.x_test, data.y_test)
         size = lrf.count_parameters(model)
-        ratio = lrf.count_parameters(lrf.make_mlp(WIDTHS[key])) / size
+        ratio = lrf.count_parameters(nb.make_mlp(WIDTHS[key])) / size
         if is_there(method):
             raise SystemExit(f"another process writes to {path.name} too; stop one of the two")
         with path.open("a", newline="") as file:
@@ -306,12 +287,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--validate", action="store_true", help="measure on 10,000 training images kept back, seed 0")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(lrf.SEEDS))
-    parser.add_argument("--out", type=Path, default=lrf.ROOT / "results" / "recovery.csv")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(nb.SEEDS))
+    parser.add_argument("--out", type=Path, default=nb.ROOT / "results" / "recovery.csv")
     options = parser.parse_args()
     if options.validate:
         x, y = data.x_train, data.y_train
-        data = lrf.Mnist(x[:50_000], y[:50_000], x[50_000:], y[50_000:])
+        data = nb.Dataset(x[:50_000], y[:50_000], x[50_000:], y[50_000:])
         PARTS["choices"] = (choices, "mlp")
         options.parts, options.seeds = ["mlp", "choices", "large", "lenet"], [0]
         options.out = options.out.with_name("recovery_validation.csv")

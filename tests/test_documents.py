@@ -114,7 +114,7 @@ def output_problems(output: nbformat.NotebookNode, may_fail: bool) -> list[str]:
         if not output.metadata.get("image/png", {}).get("alt"):
             problems.append("a picture without alt text in its metadata")
         if not str(data.get("text/plain", "")).startswith("axes "):
-            problems.append("a picture without the numbers that it draws; display it with lrf.show")
+            problems.append("a picture without the numbers that it draws; display it with nb.show")
         if blank(data["image/png"]):
             problems.append("an empty picture")
     if MACHINE_PATH.search(output.get("text", "") + str({k: v for k, v in data.items() if k != "image/png"})):

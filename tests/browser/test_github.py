@@ -196,7 +196,7 @@ def test_faint_text_is_caught(colour: str, ground: str, faint: bool) -> None:
 
 
 def test_the_concept_drawings_have_no_faint_text() -> None:
-    lrf.use_style()
+    nb.use_style()
     for name, draw in vars(draw_concepts).items():
         if name.startswith("draw_"):
             assert not faint_text(draw()), name
