@@ -143,8 +143,10 @@ class Statistics:
         to 1e-2, OAS shrinkage) is 1 to 8 points behind this one; from 3,000 images on, all agree within 0.05.
         """
         C = self.outer_sum / self.rows - torch.outer(self.mean, self.mean) * centred
-        level = C.diagonal().mean() * len(C) / self.rows
-        return C + torch.eye(len(C)).double() * (level if level > 0 else 1) if ridge else C
+        if ridge:
+            level = C.diagonal().mean() * len(C) / self.rows
+            C.diagonal().add_(level if level > 0 else 1)
+        return C
 
 
 @contextlib.contextmanager
@@ -225,7 +227,7 @@ def collect(
 
     def look(name: str, layer: Layer, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         x, (m, n) = as_rows(layer, args, kwargs, mask), as_matrix(layer).shape
-        sums.setdefault(name, [0, *(torch.zeros(size).double() for size in ((n,), (n, n), (m, m)))])
+        sums.setdefault(name, [0, *(x.new_zeros(size) for size in ((n,), (n, n), (m, m)))])
         sums[name][0] += len(x)
         sums[name][1] += x.sum(0)
         sums[name][2].addmm_(x.T, x)

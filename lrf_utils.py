@@ -71,7 +71,7 @@ def _response(layer: Layer, statistics: Statistics | None) -> tuple[Tensor, Tens
     The sum of the squared singular values beyond the r-th is the least error E‖G^½ (W - W_r) x‖² of any W_r of rank r.
     """
     W, (m, n) = as_matrix(layer), as_matrix(layer).shape
-    root = inverse = torch.eye(m).double()
+    root = inverse = torch.eye(m, dtype=torch.float64, device="cpu")
     if statistics is None:
         return W, root, inverse
     G = statistics.metric
@@ -80,7 +80,7 @@ def _response(layer: Layer, statistics: Statistics | None) -> tuple[Tensor, Tens
     if G is not None:
         if not (statistics.damping > 0 and G.trace() > 0):
             raise ValueError(f"damping and metric must be positive, got {statistics.damping}, trace {G.trace()}")
-        values, Q = torch.linalg.eigh(G + statistics.damping * G.diagonal().mean() * torch.eye(m))
+        values, Q = torch.linalg.eigh(G + statistics.damping * G.diagonal().mean() * root)
         root, inverse = Q * values.sqrt() @ Q.T, Q * values.rsqrt() @ Q.T
     C = statistics.covariance(centred=layer.bias is not None, ridge=True)  # a bias makes up for the mean
     return root @ W @ torch.linalg.cholesky(C), root, inverse
@@ -90,10 +90,12 @@ def errors(layer: Layer, statistics: Statistics | None = None) -> Tensor:
     """The least error at each rank from 0 to full, which is what ``factorize_layer`` leaves.
 
     Without statistics it is ‖W - W_r‖². With them it is, summed over the rows of one input, the squared change of the
-    output or, with a loss metric, twice the change of the loss to second order; both with ridge and damping.
+    output or, with a loss metric, twice the change of the loss to second order, as if rows were independent; both with
+    ridge and damping.
     """
     squares = torch.linalg.svdvals(_response(layer, statistics)[0]).square()
-    squares = squares * (1 if statistics is None else statistics.rows / statistics.inputs)
+    if statistics is not None and statistics.metric is None:  # the metric is a sum over rows already
+        squares = squares * (statistics.rows / statistics.inputs)
     return F.pad(squares.flip(0).cumsum(0).flip(0), (0, 1))
 
 
