@@ -45,6 +45,8 @@ def _problem(layer: nn.Module) -> str | None:
         return "a layer whose weight is computed anew (weight_norm, spectral_norm, pruning); remove that first"
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return "a layer with hooks or with a forward of its own; remove these first"
+    if layer.weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "a layer made in inference mode, closed to autograd; copy the model with copy.deepcopy"
     if layer.weight.is_meta or not layer.weight.is_floating_point():
         return f"a layer with a weight of {layer.weight.dtype} on {layer.weight.device}; give real numbers in memory"
     return None if layer.weight.isfinite().all() else "a layer whose weight holds NaN or infinity"

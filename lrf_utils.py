@@ -248,8 +248,9 @@ def options(
         raise ValueError(f'cost must be "weights" or, with statistics, "macs"; got {cost!r}')
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers = {name: named_layer(model, name) for name in (layer_names(model) if statistics is None else statistics)}
-    if tied := [name for name, layer in layers.items() if holders[id(layer.weight)] > 1]:
-        raise ValueError(f"the weights of {tied} belong to other modules too; give statistics without these layers")
+    holders.update(id(layer.weight) for layer in layers.values())  # by now each once as a module's, once as a name's
+    if tied := [name for name, layer in layers.items() if holders[id(layer.weight)] > 2]:
+        raise ValueError(f"the weights of {tied} have other modules or names too; give statistics without these layers")
     counted = {id(layer.weight) for layer in layers.values()}
     if others := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in counted]:
         warnings.warn(f"the budget does not count {', '.join(others)}", stacklevel=2)
@@ -390,15 +391,16 @@ def count_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     def refuse(op: str, *args: Any, **kwargs: Any) -> int:
-        raise ValueError(f"count_macs cannot count the operation aten.{op}")
+        raise ValueError(f"count_macs cannot count the operation {op}")
 
     def product(op: str, *shapes: Any, **kwargs: Any) -> int:
         return 2 * math.prod(shapes[1 if op == "addmv" else 0])
 
     aten = torch.ops.aten
     rules = {getattr(aten, op): partial(product, op) for op in ("mv", "addmv", "dot")}
-    for op in ("mkldnn_rnn_layer", "_trilinear", "addbmm", "addr", "_cdist_forward"):
+    for op in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_trilinear", "addbmm", "addr", "_cdist_forward"):
         rules[getattr(aten, op)] = partial(refuse, op)
+    rules[torch.ops.quantized.linear_dynamic] = partial(refuse, "linear_dynamic")
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused kernels of attention are not counted
     try:
