@@ -48,6 +48,8 @@ def _problem(layer: nn.Module) -> str | None:
         return "a layer whose weight is computed anew (weight_norm, spectral_norm, pruning); remove that first"
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return "a layer with hooks or with a forward of its own; remove these first"
+    if layer.weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "a layer made in inference mode, closed to autograd; copy the model with copy.deepcopy"
     if layer.weight.is_meta or not layer.weight.is_floating_point():
         return f"a layer with a weight of {layer.weight.dtype} on {layer.weight.device}; give real numbers in memory"
     return None if layer.weight.isfinite().all() else "a layer whose weight holds NaN or infinity"
@@ -146,8 +148,10 @@ class Statistics:
         1e-6 to 1e-2, OAS shrinkage) is 1 to 8 points behind this one; from 3,000 images on, all agree within 0.05.
         """
         C = self.outer_sum / self.rows - torch.outer(self.mean, self.mean) * centred
-        level = C.diagonal().mean() * len(C) / self.rows
-        return C + torch.eye(len(C)).double() * (level if level > 0 else 1) if ridge else C
+        if ridge:
+            level = C.diagonal().mean() * len(C) / self.rows
+            C.diagonal().add_(level if level > 0 else 1)
+        return C
 
 
 @contextlib.contextmanager
@@ -228,7 +232,7 @@ def collect(
 
     def look(name: str, layer: Layer, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         x, (m, n) = as_rows(layer, args, kwargs, mask), as_matrix(layer).shape
-        sums.setdefault(name, [0, *(torch.zeros(size).double() for size in ((n,), (n, n), (m, m)))])
+        sums.setdefault(name, [0, *(x.new_zeros(size) for size in ((n,), (n, n), (m, m)))])
         sums[name][0] += len(x)
         sums[name][1] += x.sum(0)
         sums[name][2].addmm_(x.T, x)

@@ -70,7 +70,7 @@ def _response(layer: Layer, statistics: Statistics | None) -> tuple[Tensor, Tens
     The sum of the squared singular values beyond the r-th is the least error E‖G^½ (W - W_r) x‖² of any W_r of rank r.
     """
     W, (m, n) = as_matrix(layer), as_matrix(layer).shape
-    root = inverse = torch.eye(m).double()
+    root = inverse = torch.eye(m, dtype=torch.float64, device="cpu")
     if statistics is None:
         return W, root, inverse
     G = statistics.metric
@@ -79,7 +79,7 @@ def _response(layer: Layer, statistics: Statistics | None) -> tuple[Tensor, Tens
     if G is not None:
         if not (statistics.damping > 0 and G.trace() > 0):
             raise ValueError(f"damping and metric must be positive, got {statistics.damping}, trace {G.trace()}")
-        values, Q = torch.linalg.eigh(G + statistics.damping * G.diagonal().mean() * torch.eye(m))
+        values, Q = torch.linalg.eigh(G + statistics.damping * G.diagonal().mean() * root)
         root, inverse = Q * values.sqrt() @ Q.T, Q * values.rsqrt() @ Q.T
     C = statistics.covariance(centred=layer.bias is not None, ridge=True)  # a bias makes up for the mean
     return root @ W @ torch.linalg.cholesky(C), root, inverse
@@ -89,10 +89,12 @@ def errors(layer: Layer, statistics: Statistics | None = None) -> Tensor:
     """The least error at each rank from 0 to full, which is what ``factorize_layer`` leaves.
 
     Without statistics it is ‖W - W_r‖². With them it is, summed over the rows of one input, the squared change of the
-    output or, with a loss metric, twice the change of the loss to second order; both with ridge and damping.
+    output or, with a loss metric, twice the change of the loss to second order, as if rows were independent; both with
+    ridge and damping.
     """
     squares = torch.linalg.svdvals(_response(layer, statistics)[0]).square()
-    squares = squares * (1 if statistics is None else statistics.rows / statistics.inputs)
+    if statistics is not None and statistics.metric is None:  # the metric is a sum over rows already
+        squares = squares * (statistics.rows / statistics.inputs)
     return F.pad(squares.flip(0).cumsum(0).flip(0), (0, 1))
 
 
@@ -245,8 +247,9 @@ def options(
         raise ValueError(f'cost must be "weights" or, with statistics, "macs"; got {cost!r}')
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers = {name: named_layer(model, name) for name in (layer_names(model) if statistics is None else statistics)}
-    if tied := [name for name, layer in layers.items() if holders[id(layer.weight)] > 1]:
-        raise ValueError(f"the weights of {tied} belong to other modules too; give statistics without these layers")
+    holders.update(id(layer.weight) for layer in layers.values())  # by now each once as a module's, once as a name's
+    if tied := [name for name, layer in layers.items() if holders[id(layer.weight)] > 2]:
+        raise ValueError(f"the weights of {tied} have other modules or names too; give statistics without these layers")
     counted = {id(layer.weight) for layer in layers.values()}
     if others := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in counted]:
         warnings.warn(f"the budget does not count {', '.join(others)}", stacklevel=2)
@@ -391,15 +394,16 @@ def count_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     def refuse(op: str, *args: Any, **kwargs: Any) -> int:
-        raise ValueError(f"count_macs cannot count the operation aten.{op}")
+        raise ValueError(f"count_macs cannot count the operation {op}")
 
     def product(op: str, *shapes: Any, **kwargs: Any) -> int:
         return 2 * math.prod(shapes[1 if op == "addmv" else 0])
 
     aten = torch.ops.aten
     rules = {getattr(aten, op): partial(product, op) for op in ("mv", "addmv", "dot")}
-    for op in ("mkldnn_rnn_layer", "_trilinear", "addbmm", "addr", "_cdist_forward"):
+    for op in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_trilinear", "addbmm", "addr", "_cdist_forward"):
         rules[getattr(aten, op)] = partial(refuse, op)
+    rules[torch.ops.quantized.linear_dynamic] = partial(refuse, "linear_dynamic")
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused kernels of attention are not counted
     try:
