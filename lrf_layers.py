@@ -24,8 +24,8 @@ Layer = nn.Linear | nn.Conv2d
 class LowRank(nn.Sequential):
     """Two linear layers, or convolutions, in place of one.
 
-    The fields of that one (``in_features``, ``stride``, …) still answer, and so do ``bias`` and ``weight``, the product,
-    made anew at each reading: some modules read these and never call the layer.
+    The fields of that one (``in_features``, ``stride``, …) still answer, and so do ``bias`` and ``weight``, the
+    product, made anew at each reading: some modules read these and never call the layer.
     """
 
     @property

@@ -266,9 +266,9 @@ def options(
 def allocate(options: Mapping[str, Mapping[Hashable, tuple[float, float]]], budget: float) -> dict[str, Hashable]:
     """One option of each name, with costs that add up to at most ``budget`` and errors to the least sum; exact.
 
-    ``options`` is ``{name: {option: (cost, error)}}``. A price on cost bounds from below what a partial choice can still
-    become (Lagrange). Dynamic programming over the names keeps what no other choice beats in both cost and error: first
-    30 to 1,000 of them, which gives a good sum; then all that this sum does not rule out.
+    ``options`` is ``{name: {option: (cost, error)}}``. A price on cost bounds from below what a partial choice can
+    still become (Lagrange). Dynamic programming over the names keeps what no other choice beats in both cost and error:
+    first 30 to 1,000 of them, which gives a good sum; then all that this sum does not rule out.
 
     Raises:
         TypeError, ValueError: ``budget`` is not a number, or the cheapest options cost more.
