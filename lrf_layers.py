@@ -231,7 +231,7 @@ def collect(
     mask, inputs = None, 0
 
     def look(name: str, layer: Layer, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-        x, (m, n) = as_rows(layer, args, kwargs, mask), as_matrix(layer).shape
+        x, (m, n) = as_rows(layer, args, kwargs, mask), layer.weight.flatten(1).shape
         sums.setdefault(name, [0, *(x.new_zeros(size) for size in ((n,), (n, n), (m, m)))])
         sums[name][0] += len(x)
         sums[name][1] += x.sum(0)
