@@ -175,7 +175,11 @@ def run(model: nn.Module, batch: Any, select: Callable[[Any], Any] | None) -> tu
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), ())
     if not len(first):
         raise ValueError(f"a batch must hold a tensor with at least one input, got {given!r}")
-    return model(*args, **kwargs), len(first)
+    try:
+        return model(*args, **kwargs), len(first)
+    except (TypeError, RuntimeError) as error:
+        error.add_note(f"That was a batch of type {type(batch).__name__}; select= says what of it goes into the model.")
+        raise
 
 
 def _every_class(temperature: float, output: Any) -> Iterator[Tensor]:
