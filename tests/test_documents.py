@@ -5,14 +5,19 @@ import io
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
+from scripts.draw_readme import draw_hero, small_picture
 from scripts.run_notebooks import html_page
 from scripts.write_readme import fill
 from tests.compare import TOLERANCES
+from tests.drawing import drawn_numbers
+
+plt.switch_backend("agg")
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -20,7 +25,7 @@ LESSONS = [path for path in NOTEBOOKS if path.parent.name == "notebooks" and pat
 PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & set(p.relative_to(ROOT).parts))
 
 WIDTH = 1408  # of every picture: the 704 pixels of nb.use_style, twice for sharp screens
-KNOWN_TAGS = {*TOLERANCES, "raises-exception", "setup", "exercise", "check"}
+KNOWN_TAGS = {*TOLERANCES, "raises-exception", "setup", "exercise", "check", "thumbnail"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|private|mnt|usr)/|[A-Z]:\\")
 UNIT = r"\s?(?:%|pp\b|ms\b|µs\b|s\b|seconds?\b|minutes?\b|times\b|×(?!\s?\d)|images?\b|mistakes?\b|percent\b)"
 MEASURED = re.compile(rf"(?<![\w.,/–×-])[-−]?(?!10\.\d{{4}}/)\d[\d,]*(?:\.\d+|(?:\.\d+)?{UNIT})(?:{UNIT})?")
@@ -72,9 +77,9 @@ def headings(path: Path) -> set[str]:
 
 def broken_links(markdown: str, folder: Path) -> list[str]:
     problems = []
-    for bang, label, address in re.findall(
-        r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
-    ):
+    markdown = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
+    markdown = re.sub(r'<img src="([^"]*)"[^>]* alt="([^"]*)">', r"![\2](\1)", markdown)
+    for bang, label, address in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", markdown):
         if bang and not label.strip():
             problems.append(f"a picture without alt text: {address}")
         if re.match(r"https?://|mailto:", address):
@@ -222,6 +227,21 @@ def test_time_to_run_is_the_measured_one(path):
 def test_readme_is_what_the_results_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == fill(readme), "README.md differs from results/ and notebooks/; run make refresh"
+
+
+def test_hero_is_what_the_results_say():
+    figure = draw_hero()
+    assert Image.open(ROOT / "images" / "hero.png").text["Description"] == drawn_numbers(figure), "run make refresh"
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_small_picture_is_that_of_the_lesson(path):
+    committed = Image.open(ROOT / "images" / "lessons" / f"{path.stem}.png").convert("RGB")
+    picture = small_picture(nbformat.read(path, as_version=4))
+    assert committed.size == picture.size
+    # With 64 colours, and perhaps another version of Pillow, a pixel is off by a few of 255 levels.
+    assert max(ImageStat.Stat(ImageChops.difference(committed, picture)).mean) < 4, "run make refresh"
 
 
 def test_version_is_the_same_in_project_citation_and_changelog():
