@@ -98,7 +98,7 @@ def goals_table() -> str:
             "`fc2` at rank 5, no training",
             ratio[MLP, "fc2 at rank 5, no training"],
             plain_svd(5),
-            plus_minus(untrained.loc[(5, "loss, T = 2")]),
+            plus_minus(untrained.loc[(5, "loss metric")]),
             plus_minus(recovered.loc[(MLP, "dense, 3 epochs")]),
         )
     ]
