@@ -195,6 +195,7 @@ METHODS = {
     for name, color, marker, line in (
         ("dense", "black", "", ":"),
         ("plain SVD", BLUE, "o", "-"),
+        ("plain SVD + bias", BLUE, "h", "--"),
         ("activations", SKY, "v", "--"),
         ("activations + bias", ORANGE, "s", "--"),
         ("loss metric", GREEN, "D", "-"),
