@@ -224,7 +224,7 @@ def rows_of(layer, x):
     """With the unit matrix for its weight, a layer passes on the rows that its weight acts on."""
     unit, n = copy.deepcopy(layer), layer.weight[0].numel()
     unit.weight, unit.bias = nn.Parameter(torch.eye(n, **float64).reshape(n, *layer.weight.shape[1:])), None
-    return as_vectors(layer, unit(x))
+    return as_vectors(layer, unit.forward(x))  # without the hooks
 
 
 def measured(layer, pair, x, metric=None, damping=0.1):
@@ -540,3 +540,339 @@ def test_modules_that_read_weights_instead_of_calling_layers_still_work():
     torch.testing.assert_close(pairs(matrix(2, 3, 32, 32)), dense(matrix(2, 3, 32, 32)))
     full = lrf.factorize(swin, {name: min(swin.get_submodule(name).weight.shape) for name in names})
     torch.testing.assert_close(full(matrix(2, 3, 32, 32)), swin(matrix(2, 3, 32, 32)))
+
+
+# --- Statistics ------------------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Sequences of vectors: a layer sees every token, the classifier the mean of those that are no padding."""
+
+    def __init__(self, attention=False):
+        super().__init__()
+        self.mix = nn.TransformerEncoderLayer(6, 2, 5, batch_first=True) if attention else nn.Identity()
+        self.fc, self.head = nn.Linear(6, 3), nn.Linear(3, 4)
+
+    def forward(self, x, padding=None):
+        padding = torch.zeros(x.shape[:2], dtype=bool) if padding is None else padding
+        x = x if type(self.mix) is nn.Identity else self.mix(x, src_key_padding_mask=padding)
+        kept = ~padding[..., None]
+        return self.head((torch.tanh(self.fc(input=x)) * kept).sum(1) / kept.sum(1))
+
+
+class Scribble(nn.Module):
+    """Overwrites what its layer was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        hidden = x + 1
+        logits = self.fc(hidden)
+        hidden.zero_()
+        return logits
+
+
+def small_cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 2, padding="same"), nn.Tanh(),
+        nn.Flatten(), nn.Linear(36, 4),
+    )  # fmt: skip
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+
+
+class PerImage(nn.Module):
+    """Calls a convolution with one image at a time, without an axis for the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x):
+        return torch.stack([self.conv(image).amax((1, 2)) for image in x])
+
+
+def by_hand(model, layer, x, temperature):
+    """A layer's rows, and E[g gᵀ] summed over rows: one input, class and call of the layer at a time."""
+    calls, rows, total = [], [], 0
+
+    def keep(module, args, kwargs, output):
+        rows.append(rows_of(layer, next(iter((*args, *kwargs.values()))).detach().clone()))
+        calls.append(output)
+        return output.clone()  # what follows may write into it
+
+    with layer.register_forward_hook(keep, with_kwargs=True):
+        for one in x:
+            calls.clear()
+            log_p = (model(one[None]) / temperature).log_softmax(1)[0]
+            for value, call in product(log_p, calls):
+                g = as_vectors(layer, torch.autograd.grad(value, call, retain_graph=True)[0])
+                total = total + value.exp().item() * g.T @ g / len(x)
+    return torch.cat(rows), total
+
+
+STATISTICS_OF = {
+    "in place": (mlp, "0", (40, 6)),
+    "behind a ReLU": (mlp, "2", (40, 6)),
+    "overwritten": (Scribble, "fc", (40, 6)),
+    "used twice": (Residual, "stem", (40, 6)),
+    "head without a bias": (Residual, "head", (40, 6)),
+    "tokens, by keyword": (Tokens, "fc", (40, 5, 6)),
+    "the model itself": (lambda: nn.Linear(6, 4), "", (40, 6)),
+    "stride": (small_cnn, "0", (10, 2, 6, 6)),
+    "same, in place before": (small_cnn, "2", (10, 2, 6, 6)),
+    "one image at a time": (PerImage, "conv", (10, 2, 6, 6)),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "shape"), STATISTICS_OF.values(), ids=STATISTICS_OF)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_statistics_are_the_mean_the_covariance_and_the_metric(make, name, shape, frozen):
+    model, x = seeded(make), matrix(*shape) + 1
+    layer = model.get_submodule(name)
+    rows, metric = by_hand(model, layer, x, 2.0)
+    model.requires_grad_(not frozen).train()
+    model.eval()
+    before = snapshot(model)
+    found = lrf.collect(model, x.clone(), [name], temperature=2.0)[name]
+    close, n = {"rtol": 1e-9, "atol": 1e-12}, rows.shape[1]
+    assert (found.inputs, found.rows) == (len(x), len(rows))
+    torch.testing.assert_close(found.mean, rows.mean(0), **close)
+    torch.testing.assert_close(found.covariance(), torch.cov(rows.T, correction=0), **close)
+    torch.testing.assert_close(found.covariance(centred=False), rows.T @ rows / len(rows), **close)
+    ridge = found.covariance().trace() / len(rows) * torch.eye(n, **float64)
+    torch.testing.assert_close(found.covariance(ridge=True), found.covariance() + ridge, **close)
+    torch.testing.assert_close(found.metric, metric, **close)
+    parts = lrf.collect(model, iter(x.split(7)), [name], temperature=2.0, damping=0.1)[name]
+    torch.testing.assert_close(vars(parts), vars(found), **close)
+    plain = lrf.collect(model, x, [name])[name]
+    torch.testing.assert_close(plain.outer_sum, found.outer_sum, **close)
+    assert plain.metric is None
+    assert_unchanged(model, before)
+
+
+def test_the_model_runs_once_per_batch_in_evaluation_mode_on_any_kind_of_batch():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.drop, self.calls = nn.Linear(6, 4), nn.Dropout(0.9), []
+
+        def forward(self, x, scale=1.0, *, offset=0.0):
+            self.calls.append((len(x), self.training, torch.is_grad_enabled()))
+            return {"tensor": (out := self.drop(self.fc(x * scale + offset)))}["tensor"] + 0 * out
+
+    model, x, y = seeded(Probe).train(), matrix(300, 6), torch.zeros(300)
+    model.drop.eval()
+    before = snapshot(model)
+    expected = vars(lrf.collect(model, x)["fc"])
+    assert model.calls == [(200, False, False), (100, False, False)]
+    loader = DataLoader(TensorDataset(x, y), batch_size=150, generator=torch.Generator())
+    for batches, select in [
+        ([x], None),
+        ([[x]], None),
+        ([(x / 2, 2.0)], None),
+        ([{"x": x - 1, "offset": 1.0}], None),
+        (loader, lambda batch: batch[0]),
+        (loader, lambda batch: {"x": batch[0]}),
+        (DataLoader(TensorDataset(x), batch_size=100, generator=loader.generator), None),
+        ((part for part in x.split(50)), None),
+    ]:
+        model.calls.clear()
+        found = lrf.collect(model, batches, select=select, temperature=1)["fc"]
+        torch.testing.assert_close({**expected, "gradient_sum": found.gradient_sum}, vars(found), rtol=1e-9, atol=1e-9)
+        assert sum(call[0] for call in model.calls) == 300 and {call[1:] for call in model.calls} == {(False, True)}
+    assert_unchanged(model, before)
+    assert lrf.collect(model, x, []) == lrf.collect(model, x, [], temperature=1) == {}
+
+
+def test_the_loss_metric_takes_logits_a_field_of_that_name_or_a_given_function():
+    model, x = seeded(mlp), matrix(40, 6)
+
+    class Wrapped(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.net, self.logits = model, logits
+
+        def forward(self, x):
+            return type("Output", (), {"logits": self.net(x)})() if self.logits else {"out": self.net(x)}
+
+    def every_class(output):
+        log_p = (output["out"] / 2).log_softmax(1)
+        return [(log_p[:, k].detach().exp().sqrt() * log_p[:, k]).sum() for k in range(4)]
+
+    expected = lrf.collect(model, x, temperature=2)["0"].metric
+    field = lrf.collect(Wrapped(True), x, temperature=2)["net.0"].metric
+    given = lrf.collect(Wrapped(False), x, loss=every_class)["net.0"].metric
+    torch.testing.assert_close(field, expected)
+    torch.testing.assert_close(given, expected)
+    text = "temperature needs logits of shape (inputs, classes), got "
+    raises(ValueError, text + "dict; or give a loss", lrf.collect, Wrapped(False), x, temperature=2)
+    raises(ValueError, text + "(1, 40, 4)", lrf.collect, model, x[None], temperature=2)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_padding_that_a_mask_leaves_out_does_not_enter(attention):
+    """Sequences of 5, 3 and 1 tokens in one batch, whose padding is large, are as good as one by one."""
+    model, x = seeded(Tokens, attention), matrix(3, 5, 6)
+    padding = torch.arange(5) >= torch.tensor([5, 3, 1])[:, None]
+    x[padding] = 1e3
+    one_by_one = [sequence[~hidden][None] for sequence, hidden in zip(x, padding)]
+    model.requires_grad_()
+    for how in ({}, {"temperature": 1.0}):
+        alone = lrf.collect(model, one_by_one, **how)
+        together = lrf.collect(model, [(x, padding)], keep=lambda batch: ~batch[1], **how)
+        dicts = [{"x": x, "padding": padding}]
+        named = lrf.collect(model, dicts, keep=lambda batch: (~batch["padding"]).float(), **how)
+        assert list(alone) == list(together) and together["fc"].rows == 9 and together["head"].rows == 3
+        for name in alone:
+            torch.testing.assert_close(vars(together[name]), vars(alone[name]))
+            torch.testing.assert_close(vars(named[name]), vars(alone[name]))
+    ranks = {"fc": 1, "head": 2}
+    alone = lrf.factorize_sequentially(model, ranks, one_by_one).state_dict()
+    together = lrf.factorize_sequentially(model, ranks, [(x, padding)], keep=lambda batch: ~batch[1]).state_dict()
+    torch.testing.assert_close(together, alone)
+    if not attention:
+        some = lrf.collect(model, [x[:, :3]], keep=lambda batch: torch.tensor([1, 0, 1]))["fc"]
+        torch.testing.assert_close(vars(some)["outer_sum"], lrf.collect(model, x[[0, 2], :3])["fc"].outer_sum)
+        text = "a mask for (3, 4) inputs or tokens does not fit rows of (3, 5)"
+        raises(ValueError, text, lrf.collect, model, [x], keep=lambda batch: torch.ones(3, 4))
+        raises(ValueError, "none of them counts", lrf.collect, model, [x], keep=lambda batch: torch.zeros(3, 5))
+    conv = lrf.collect(seeded(small_cnn), matrix(4, 2, 6, 6), keep=lambda batch: torch.tensor([1, 1, 0, 1]), **how)
+    same = lrf.collect(seeded(small_cnn), matrix(4, 2, 6, 6)[[0, 1, 3]], **how)
+    torch.testing.assert_close(conv["2"].outer_sum, same["2"].outer_sum)
+
+
+def test_statistics_add_up_and_can_be_saved():
+    model, x = seeded(Residual), matrix(40, 6)
+    whole = lrf.collect(model, x, temperature=1)
+    a, b = lrf.collect(model, x[:13], temperature=1), lrf.collect(model, x[13:], temperature=1)
+    file = io.BytesIO()
+    torch.save({name: vars(a[name] + b[name]) for name in a}, file)
+    file.seek(0)
+    for name, fields in torch.load(file, weights_only=True).items():
+        torch.testing.assert_close(vars(lrf.Statistics(**fields)), vars(whole[name]))
+    plain, damped = lrf.collect(model, x)["head"], lrf.collect(model, x, temperature=1, damping=1.0)["head"]
+    torch.testing.assert_close(vars(plain + plain)["outer_sum"], 2 * plain.outer_sum)
+    assert (plain + plain).metric is None and (damped + damped).damping == 1.0
+    for one, two in [(plain, damped), (damped, plain), (a["head"], damped)]:
+        raises(ValueError, "cannot be added", lambda one=one, two=two: one + two)
+
+
+def test_statistics_are_float64_whatever_the_model_is():
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = seeded(Tokens).to(dtype), (matrix(40, 5, 6) + 100).to(dtype)
+        found = lrf.collect(model, x, temperature=1)["fc"]
+        assert {v.dtype for v in vars(found).values() if isinstance(v, torch.Tensor)} == {torch.float64}
+        rows = x.double().reshape(-1, 6)
+        torch.testing.assert_close(found.covariance(), torch.cov(rows.T, correction=0), rtol=1e-8, atol=1e-8)
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused, self.late, self.used = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        self.late(self.used(x))
+        return self.used(x)
+
+
+def test_layers_that_are_not_called_are_named_and_others_can_be_left_out():
+    model, x = seeded(Unused), matrix(3, 6)
+    with pytest.warns(UserWarning, match=re.escape("no statistics of ['unused'], which the model does not call")):
+        assert list(lrf.collect(model, x)) == ["used", "late"]
+    text = "the model does not call ['unused']; leave them out"
+    raises(ValueError, text, lrf.collect, model, x, ["used", "unused"])
+    raises(ValueError, text, lrf.factorize, model, {"unused": 1}, inputs=x)
+    found = lrf.collect(model, x, iter(["late", "used"]), temperature=1)
+    assert list(found) == ["used", "late"], "in the order of the calls"
+    assert found["used"].metric.norm() > 0 and found["late"].metric.norm() == 0, "its output does not count"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "batches"),
+    [
+        (ValueError, "batches is empty", []),
+        (ValueError, "a batch must hold a tensor with at least one input", torch.zeros(0, 6)),
+        (ValueError, "a batch must hold a tensor with at least one input, got 'text'", ["text"]),
+        (ValueError, "the inputs or gradients of the layer '0' are not all finite", torch.full((2, 6), math.nan)),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied", torch.zeros(2, 5)),
+        (TypeError, "takes 2 positional arguments but 3 were given", [(torch.zeros(2, 6), torch.zeros(2))]),
+    ],
+)
+def test_bad_batches_are_refused_and_change_nothing(kind, text, batches):
+    model = mlp()
+    before = snapshot(model)
+    raises(kind, text, lrf.collect, model, batches)
+    raises(kind, text, lrf.factorize_sequentially, model, {"0": 2}, batches)
+    assert_unchanged(model, before)
+    assert torch.is_grad_enabled()
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    model = seeded(mlp)
+    nn.init.constant_(model[2].bias, math.nan)
+    assert lrf.collect(model, matrix(3, 6))["0"].outer_sum.isfinite().all()
+    raises(ValueError, "gradients of the layer '0' are not all finite", lrf.collect, model, matrix(3, 6), temperature=1)
+
+
+# --- Sequential factorization ----------------------------------------------------------------------------------------
+
+
+def deep(width=8, depth=5):
+    return nn.Sequential(*[part for _ in range(depth) for part in (nn.Linear(width, width), nn.ReLU())][:-1])
+
+
+def deep_cnn():
+    convolution = [(nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(inplace=True)) for _ in range(4)]
+    return nn.Sequential(*[part for pair in convolution for part in pair], nn.Flatten(), nn.Linear(6 * 25, 4))
+
+
+@pytest.mark.parametrize(("make", "x"), [(deep, matrix(300, 8)), (deep_cnn, matrix(60, 6, 5, 5))])
+def test_sequential_factorization_is_nearer_at_the_output_and_exact_at_full_rank(make, x):
+    model = seeded(make)
+    model[2].bias = None
+    before, names = snapshot(model), lrf.layer_names(model)
+    full = {name: min(model.get_submodule(name).weight.flatten(1).shape) for name in names}
+    torch.testing.assert_close(lrf.factorize_sequentially(model, full, x)(x), model(x))
+    ranks = dict.fromkeys(names, 3)
+
+    def error(result):
+        return (result(x) - model(x)).square().sum().item()
+
+    sequential = lrf.factorize_sequentially(model, ranks, iter(x.split(50)))
+    assert error(sequential) < 0.9 * error(lrf.factorize(model, ranks, inputs=x))
+    assert_unchanged(model, before)
+    first = {names[0]: 2}
+    for how in ({}, {"temperature": 1.0, "damping": 0.5}):
+        one, same = lrf.factorize_sequentially(model, first, x, **how), lrf.factorize(model, first, inputs=x, **how)
+        torch.testing.assert_close(one.get_submodule(names[0]).weight, same.get_submodule(names[0]).weight)
+        torch.testing.assert_close(one(x), same(x))
+    picked = lrf.factorize_sequentially(model, ranks, [(x, 0)], select=lambda batch: batch[0])
+    torch.testing.assert_close(picked(x), lrf.factorize_sequentially(model, ranks, x)(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_neighbour_of_a_sequential_pair_is_nearer_to_the_original_output(bias):
+    """On the compressed network's rows and the ridge: n white rows, on which the old weight is the target."""
+    model, x = seeded(nn.Sequential, nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6, bias=bias)), matrix(50, 8) + 0.3
+    result = lrf.factorize_sequentially(model, {"2": 2, "0": 2}, x)
+    rows, layer, pair = torch.tanh(result[0](x)).detach(), model[2], result[2]
+    spread = rows - rows.mean(0) * bias
+    level = spread.square().sum(1).mean()  # on all n white rows together, as much as on one row
+
+    def error():
+        missed = (layer.weight - pair.weight).square().sum() * level
+        return ((pair(rows) - model(x)).square().sum() + missed).item()
+
+    best = error()
+    with torch.no_grad():
+        for step, (index, part) in product((1e-2, 1e-4), enumerate(pair.parameters())):
+            for sign in (1, -1):
+                part += (move := sign * step * matrix(index + 1, *part.shape)[0])
+                assert error() > best
+                part -= move
