@@ -1,7 +1,7 @@
 """A layer as a matrix that acts on rows, and what calibration data say about these rows. For ``lrf_utils``.
 
-Of an ``nn.Linear``, the matrix W (m, n) is the weight and a row is one input vector. Of an ``nn.Conv2d``, W is the weight
-with its last three axes as one, and a row is one patch of the input.
+Of an ``nn.Linear``, the matrix W (m, n) is the weight and a row is one input vector. Of an ``nn.Conv2d``, W is the
+weight with its last three axes as one, and a row is one patch of the input.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class LowRank(nn.Sequential):
-    """Two linear layers, or convolutions, in place of one. The fields of that one (``in_features``, ``stride``, …) still
-    answer, and ``weight``, the product, made anew at each reading: some modules read these and never call the layer."""
+    """Two linear layers, or convolutions, in place of one.
+
+    The fields of that one (``in_features``, ``stride``, …) still answer, and so do ``bias`` and ``weight``, the
+    product, made anew at each reading: some modules read these and never call the layer.
+    """
 
     @property
     def weight(self) -> Tensor:
@@ -141,8 +144,8 @@ class Statistics:
         """Of the rows, about their mean or about 0; with a ridge, as if n more rows were white and as large on average.
 
         So with few rows a factorization goes over to the plain SVD, and with many the ridge vanishes. Measured at rank
-        10 on fc1 and fc2 of notebook 2, three seeds: with 20 images every smaller ridge (a tenth of it, shares from 1e-6
-        to 1e-2, OAS shrinkage) is 1 to 8 points behind this one; from 3,000 images on, all agree within 0.05.
+        10 on fc1 and fc2 of notebook 2, three seeds: with 20 images every smaller ridge (a tenth of it, shares from
+        1e-6 to 1e-2, OAS shrinkage) is 1 to 8 points behind this one; from 3,000 images on, all agree within 0.05.
         """
         C = self.outer_sum / self.rows - torch.outer(self.mean, self.mean) * centred
         if ridge:
@@ -172,7 +175,11 @@ def run(model: nn.Module, batch: Any, select: Callable[[Any], Any] | None) -> tu
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), ())
     if not len(first):
         raise ValueError(f"a batch must hold a tensor with at least one input, got {given!r}")
-    return model(*args, **kwargs), len(first)
+    try:
+        return model(*args, **kwargs), len(first)
+    except (TypeError, RuntimeError) as error:
+        error.add_note(f"That was a batch of type {type(batch).__name__}; select= says what of it goes into the model.")
+        raise
 
 
 def _every_class(temperature: float, output: Any) -> Iterator[Tensor]:
@@ -203,8 +210,8 @@ def collect(
     """Statistics of the named layers, or of ``layer_names(model)``, in the order of their first calls.
 
     Args:
-        batches: a tensor (N, …), or any iterable of batches. The model is called once for each, in evaluation mode, with
-            a tensor as it is, a tuple or list as arguments, a dictionary as keywords.
+        batches: a tensor (N, …), or any iterable of batches. The model is called once for each, in evaluation mode,
+            with a tensor as it is, a tuple or list as arguments, a dictionary as keywords.
         select: what of a batch goes in; for a DataLoader of (x, y), ``lambda batch: batch[0]``.
         keep: of a batch, a mask (N,) or (N, tokens); 0 for rows that must not count, such as padding.
         temperature: with one, also the loss metric: the covariance of the gradient of the cross-entropy, at every class
@@ -228,7 +235,7 @@ def collect(
     mask, inputs = None, 0
 
     def look(name: str, layer: Layer, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-        x, (m, n) = as_rows(layer, args, kwargs, mask), as_matrix(layer).shape
+        x, (m, n) = as_rows(layer, args, kwargs, mask), layer.weight.flatten(1).shape
         sums.setdefault(name, [0, *(x.new_zeros(size) for size in ((n,), (n, n), (m, m)))])
         sums[name][0] += len(x)
         sums[name][1] += x.sum(0)

@@ -1,8 +1,8 @@
 """Low-rank factorization of PyTorch layers: decompose, choose ranks, replace, count.
 
-Conventions, used everywhere: a layer is a matrix ``W`` (m, n) that acts on rows (see ``lrf_layers``). A rank-r factorization
-is ``W ≈ A @ B`` with ``A`` (m, r) and ``B`` (r, n); as layers, first B, then A with the bias. Accuracies are fractions in
-[0, 1]. 1 MAC is one multiply-accumulate (2 FLOPs). Decompositions run in float64, on the CPU.
+Conventions, used everywhere: a layer is a matrix ``W`` (m, n) that acts on rows (see ``lrf_layers``). A rank-r
+factorization is ``W ≈ A @ B`` with ``A`` (m, r) and ``B`` (r, n); as layers, first B, then A with the bias. Accuracies
+are fractions in [0, 1]. 1 MAC is one multiply-accumulate (2 FLOPs). Decompositions run in float64, on the CPU.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-``rank`` approximation of ``weight`` (m, n) as ``A`` (m, rank) and ``B`` (rank, n).
 
     The singular values are shared evenly, ``A = U √S`` and ``B = √S Vᵀ``, so that both factors have the same norm. The
-    factors of a smaller rank r are ``A[:, :r]`` and ``B[:r]``: one call serves all ranks. They have the dtype and device
-    of ``weight``.
+    factors of a smaller rank r are ``A[:, :r]`` and ``B[:r]``: one call serves all ranks. They keep dtype and device.
 
     Raises:
         TypeError, ValueError: ``weight`` is not a matrix of finite real numbers, or ``rank`` not from 1 to min(m, n).
@@ -153,8 +152,8 @@ def factorize(
 ) -> nn.Module:
     """A copy of ``model`` in which each layer named in ``ranks`` is replaced by ``factorize_layer(layer, rank)``.
 
-    Names are those of ``model.named_modules()``. At rank None a layer stays as it is; a module in place of a rank is put
-    where the layer was. Everything is checked before anything is copied; ``model`` itself is never changed.
+    Names are those of ``model.named_modules()``. At rank None a layer stays as it is; a module in place of a rank takes
+    the layer's place. Everything is checked before anything is copied; ``model`` itself is never changed.
 
     Args:
         statistics: what ``collect`` returned. A layer without statistics gets the truncated SVD of its weight.
@@ -235,7 +234,7 @@ def options(
 ) -> dict[str, dict[int | None, tuple[float, float]]]:
     """For each layer what each rank costs, and the error that it leaves: ``{name: {rank: (cost, error)}}``.
 
-    The layers are those of ``statistics`` or else of ``layer_names(model)``; the ranks those that save, and None for the
+    The layers are those of ``statistics`` or of ``layer_names(model)``; the ranks are those that save, and None for the
     layer as it is. Costs are weights, a shared layer's once, or MACs for one input, every call and position counted.
     Errors are those of ``errors``. Biases, and whatever is not such a layer, do not count; a warning names the weights
     that are left out.
@@ -267,27 +266,27 @@ def options(
 def allocate(options: Mapping[str, Mapping[Hashable, tuple[float, float]]], budget: float) -> dict[str, Hashable]:
     """One option of each name, with costs that add up to at most ``budget`` and errors to the least sum; exact.
 
-    ``options`` is ``{name: {option: (cost, error)}}``. A price on cost bounds from below what a partial choice can still
-    become (Lagrange). Dynamic programming over the names keeps the choices that no other beats in both cost and error:
-    first the best 1,000 of them, which gives a good sum; then all that this sum does not rule out.
+    ``options`` is ``{name: {option: (cost, error)}}``. A price on cost bounds from below what a partial choice can
+    still become (Lagrange). Dynamic programming over the names keeps what no other choice beats in both cost and error:
+    first 30 to 1,000 of them, which gives a good sum; then all that this sum does not rule out.
 
     Raises:
         TypeError, ValueError: ``budget`` is not a number, or the cheapest options cost more.
 
-    Source: Shoham & Gersho (1988), doi:10.1109/29.90373.
+    Source: Shoham & Gersho (1988), doi:10.1109/29.90373; Kellerer, Pferschy & Pisinger (2004), *Knapsack Problems*.
     """
     if isinstance(budget, bool) or not isinstance(budget, Real) or math.isnan(budget):
         raise TypeError(f"budget must be a number, got {budget!r} ({type(budget).__name__})")
     tables = [torch.tensor(list(table.values()), dtype=torch.float64).T for table in options.values()]
-    reserve = sum(float(cost.min()) for cost, _ in tables)
-    if reserve > budget:
-        raise ValueError(f"a budget of {budget} is too small: the cheapest options cost {reserve:.0f}")
+    least = sum(float(cost.min()) for cost, _ in tables)
+    if least > budget:
+        raise ValueError(f"a budget of {budget} is too small: the cheapest options cost {least:.0f}")
     steps = torch.cat([cost - cost.min() for cost, _ in tables]).tolist()
     if all(step.is_integer() for step in steps) and (step := math.gcd(*map(int, steps))):
-        budget = reserve + (budget - reserve) // step * step  # no choice costs anything in between
+        budget = least + (budget - least) // step * step  # no choice costs anything in between
 
     def best_at(price: float) -> Tensor:
-        """The costs and the errors of the options that are best if each unit of cost adds ``price`` to the error."""
+        """What the options cost and leave that are best if each unit of cost adds ``price`` to the error."""
         return sum(table[:, (table[1] + price * table[0]).argmin()] for table in tables)
 
     low, price = 0.0, 1.0
@@ -296,22 +295,26 @@ def allocate(options: Mapping[str, Mapping[Hashable, tuple[float, float]]], budg
     for _ in range(50):
         middle = (low + price) / 2
         low, price = (middle, price) if best_at(middle)[0] > budget else (low, middle)
-    (cost, ceiling), tables = best_at(price), [torch.cat([t, t[1:] + price * t[:1]]) for t in tables]
-    floor = ceiling - price * (budget - cost)
-    for width in (100, 2000, None):
-        sums, left, kept = torch.zeros(3, 1).double(), reserve, []  # costs, errors, and what is lost of the floor
-        for table in tables:
-            left -= float(table[0].min())
-            lost = table[2] - table[2].min()
-            old, new = (floor + sums[2, :, None] + lost <= ceiling * (1 + 1e-12)).nonzero(as_tuple=True)
-            sums = torch.stack([*(sums[:2, old] + table[:2, new]), sums[2, old] + lost[new]])
-            order = (sums[0] + left <= budget).nonzero().squeeze(1)
+    prices, ceiling = price * torch.linspace(-1, 1, 9).exp2().double(), best_at(price)[1]
+    floors = torch.stack([(table[1] + prices[:, None] * table[0]).amin(1) for table in tables])
+    for width in (30, 300, 1000, math.inf):
+        sums, rest, reserve, kept = torch.zeros(2, 1).double(), floors.sum(0) - prices * budget, least, []
+        for table, floor in zip(tables, floors):
+            limit = ceiling + 1e-12 * (abs(ceiling) + price * budget)  # allows for rounding
+            lost = table[1] + price * table[0] - floor[4]  # prices[4] is price
+            old, new = ((sums[1] + price * sums[0] + rest[4])[:, None] + lost <= limit).nonzero(as_tuple=True)
+            sums, rest, reserve = sums[:, old] + table[:, new], rest - floor, reserve - table[0].min()
+            bound = sums[1] + (rest[:, None] + prices[:, None] * sums[0]).amax(0)
+            order = ((sums[0] + reserve <= budget) & (bound <= limit)).nonzero().squeeze(1)
             for key in (1, 0):  # by cost, then by error
                 order = order[sums[key, order].argsort(stable=True)]
             best = sums[1, order].cummin(0)[0]
             order = order[torch.cat([torch.ones(1).bool(), best[1:] < best[:-1]])]
-            if width:
-                order = order[sums[2, order].argsort()[:width].sort()[0]]
+            if width < len(order):  # one for each interval of cost, and the one that the price prefers
+                at = ((sums[0, order] - sums[0, order[0]]) / (sums[0, order[-1]] - sums[0, order[0]]) * width).long()
+                few = torch.cat([at[1:] != at[:-1], torch.ones(1).bool()])
+                few[(sums[1] + price * sums[0])[order].argmin()] = True
+                order = order[few]
             sums = sums[:, order]
             kept.append((old[order], new[order]))
         ceiling = min(ceiling, sums[1, -1])

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-import lrf_utils as lrf
+import notebook_utils as nb
 
 BLUE, ORANGE, GREEN, GRAY = "#0173b2", "#de8f05", "#029e73", "#949494"  # seaborn's colour-blind-safe palette
 
@@ -85,6 +85,6 @@ def draw_svd() -> plt.Figure:
 
 
 if __name__ == "__main__":
-    lrf.use_style()
+    nb.use_style()
     for name, draw in (("lrf", draw_factorization), ("svd", draw_svd)):
-        draw().savefig(lrf.ROOT / "images" / f"{name}.png")
+        draw().savefig(nb.ROOT / "images" / f"{name}.png")
