@@ -277,10 +277,12 @@ def allocate(options: Mapping[str, Mapping[Hashable, tuple[float, float]]], budg
     """
     if isinstance(budget, bool) or not isinstance(budget, Real) or math.isnan(budget):
         raise TypeError(f"budget must be a number, got {budget!r} ({type(budget).__name__})")
-    tables = [torch.tensor(list(table.values()), dtype=torch.float64).T for table in options.values()]
-    least = sum(float(cost.min()) for cost, _ in tables)
+    given = ({None: (0, 0)}, *options.values())  # the first for the case of no names
+    tables = [torch.tensor(list(table.values()), dtype=torch.float64).T for table in given]
+    least, most = (sum(float(end(cost)) for cost, _ in tables) for end in (torch.min, torch.max))
     if least > budget:
         raise ValueError(f"a budget of {budget} is too small: the cheapest options cost {least:.0f}")
+    budget = min(float(budget), most) * (1 + 1e-14)  # more buys nothing, and sums are rounded
     steps = torch.cat([cost - cost.min() for cost, _ in tables]).tolist()
     if all(step.is_integer() for step in steps) and (step := math.gcd(*map(int, steps))):
         budget = least + (budget - least) // step * step  # no choice costs anything in between
