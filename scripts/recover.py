@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -89,8 +89,8 @@ def longer(key: str, seed: int, epochs: int, lr: float = DENSE_RATE) -> nn.Seque
     return fit(copy.deepcopy(dense_model(key, seed)), epochs, seed, lr)
 
 
-def by_loss(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
-    return lrf.factorize(dense_model(key, seed), ranks, inputs=CALIBRATION, temperature=2)
+def by_loss(key: str, seed: int, ranks: dict[str, int], inputs: Tensor = CALIBRATION) -> nn.Sequential:
+    return lrf.factorize(dense_model(key, seed), ranks, inputs=inputs, temperature=2)
 
 
 def by_svd(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
@@ -98,7 +98,13 @@ def by_svd(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
 
 
 def sequential(seed: int, ranks: dict[str, int]) -> nn.Sequential:
-    return lrf.factorize_sequentially(dense_model("large", seed), ranks, CALIBRATION, temperature=2)
+    return lrf.factorize_sequentially(dense_model("large", seed), ranks, CALIBRATION[:5000], temperature=2)
+
+
+@functools.cache
+def small_large(seed: int) -> nn.Sequential:
+    """The network of five wide layers at 40x, before training."""
+    return sequential(seed, LARGE_40X)
 
 
 def random_start(seed: int, widths, ranks: dict[str, int] | None = None) -> nn.Sequential:
@@ -181,12 +187,16 @@ def large(record, seed):
     record("dense, 3 epochs", lambda: dense_model("large", seed))
     for name, ranks in (("rank 20", LARGE_23X), ("40x", LARGE_40X)):
         record(f"{name}, plain SVD, no training", lambda r=ranks: by_svd("large", seed, r))
-        record(f"{name}, sequential, no training", lambda r=ranks: sequential(seed, r))
-        record(f"{name}, no training", lambda r=ranks: by_loss("large", seed, r))
-    for start, make in (("40x, sequential", sequential), ("40x, plain SVD", partial(by_svd, "large"))):
+    record("rank 20, sequential, no training", lambda: sequential(seed, LARGE_23X))
+    record("40x, sequential, no training", lambda: small_large(seed))
+    record("rank 20, no training", lambda: by_loss("large", seed, LARGE_23X, CALIBRATION[:5000]))
+    for start, make in (
+        ("sequential", lambda: copy.deepcopy(small_large(seed))),
+        ("plain SVD", lambda: by_svd("large", seed, LARGE_40X)),
+    ):
         record(
-            f"{start}, 4 epochs, teacher",
-            lambda m=make: fit(m(seed, LARGE_40X), 4, seed, 2e-3, teacher=dense_model("large", seed), clip=1.0),
+            f"40x, {start}, 4 epochs, teacher",
+            lambda m=make: fit(m(), 4, seed, 2e-3, teacher=dense_model("large", seed), clip=1.0),
         )
 
 
@@ -250,17 +260,18 @@ def lenet_choices(record, seed):
 
 
 def large_choices(record, seed):
-    for ranks in (LARGE_40X, {"fc1": 33, **dict.fromkeys(list(LARGE_40X)[1:], 6)}):
-        method = "40x with {fc1} and {fc2}, sequential, 4 epochs, labels, rate 0.002".format(**ranks)
-        record(method, lambda r=ranks: fit(sequential(seed, r), 4, seed, 2e-3))
-    for rate, clip in ((2e-3, None), (5e-3, None), (5e-3, 1.0)):
-        method = f"40x with 24 and 8, sequential, 4 epochs, teacher, rate {rate}" + (", clipped" if clip else "")
+    for rate, clip in ((2e-3, None), (2e-3, 1.0), (5e-3, None), (5e-3, 1.0)):
+        method = f"40x, sequential, 4 epochs, teacher, rate {rate}" + (", clipped" if clip else "")
         record(
             method,
             lambda lr=rate, c=clip: fit(
-                sequential(seed, LARGE_40X), 4, seed, lr, teacher=dense_model("large", seed), clip=c
+                copy.deepcopy(small_large(seed)), 4, seed, lr, teacher=dense_model("large", seed), clip=c
             ),
         )
+    record(
+        "40x, sequential, 4 epochs, labels, rate 0.002",
+        lambda: fit(copy.deepcopy(small_large(seed)), 4, seed, 2e-3),
+    )
 
 
 PARTS = {
