@@ -22,7 +22,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from playwright.sync_api import Browser
 
-import lrf_utils as lrf
+import notebook_utils as nb
 from scripts import draw_concepts
 from tests.browser.conftest import BUILD, ROOT, name_of
 from tests.browser.contrast import faint_text
