@@ -23,6 +23,7 @@ DOCUMENTS = ["tests/test_documents.py"]
 OUTPUTS = [NOTEBOOK, "tests/test_results.py"]
 EXERCISES = ["tests/test_exercises.py"]
 HELPERS = ["tests/test_lrf_utils.py", "tests/test_properties.py"]
+FOR_NOTEBOOKS = ["tests/test_notebook_utils.py"]
 
 
 def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
@@ -106,13 +107,13 @@ def stream(text: str, name: str = "stdout") -> Callable[[Path], None]:
 
 
 FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
-    ("nothing (must pass)", lambda folder: None, [*DOCUMENTS, *OUTPUTS, *EXERCISES, *HELPERS]),
+    ("nothing (must pass)", lambda folder: None, [*DOCUMENTS, *OUTPUTS, *EXERCISES, *HELPERS, *FOR_NOTEBOOKS]),
     ("a word of a stored output", in_outputs("must be an int", "must be an integer"), OUTPUTS),
     ("an exact integer of a stored output, by one", in_outputs(r"\b235146\b", "235147"), OUTPUTS),
     ("a measured number beyond its tolerance", in_outputs(r"from 97\.(\d)", r"from 96.\1"), OUTPUTS),
     ("a stored output deleted", edit(delete_output), OUTPUTS),
     ("a whole notebook cleared", edit(clear), DOCUMENTS),
-    ("a picture no longer drawn", in_source("lrf.show(", "_ = dict(figure="), OUTPUTS),
+    ("a picture no longer drawn", in_source("nb.show(", "_ = dict(figure="), OUTPUTS),
     ("a picture drawn from other numbers", in_source("ours[column], style", "1.1 * ours[column], style"), OUTPUTS),
     ("another picture's alt text", edit(lambda nb: picture(nb).metadata["image/png"].update(alt="A cat.")), OUTPUTS),
     ("a measured number typed into a notebook", add_text("The accuracy is 97.24 %."), DOCUMENTS),
@@ -158,7 +159,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("a check that rejects its solution", in_source("2 * r * d < d * d", "2 * r * d < d"), EXERCISES),
     (
         "a check that calls a stub wrong",
-        replace("lrf_utils.py", "part is ... or part is None", "part is None"),
+        replace("notebook_utils.py", "part is ... for", "part is 0 for"),
         EXERCISES,
     ),
     (
@@ -167,11 +168,32 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         EXERCISES,
     ),
     ("an exercise without a solution", replace(SOLUTIONS, "[[exercise]]", "[[other]]"), EXERCISES),
-    ("a wrong rank check", replace("lrf_utils.py", "1 <= rank <= min", "0 <= rank <= min"), HELPERS),
+    ("a rank of 0 allowed", replace("lrf_layers.py", "check_int(rank, 1,", "check_int(rank, 0,"), HELPERS),
     ("unbalanced factors", replace("lrf_utils.py", "S[:rank].sqrt()", "S[:rank]"), HELPERS),
-    ("a lost bias", replace("lrf_utils.py", "up.bias.copy_(layer.bias)", "up.bias.zero_()"), HELPERS),
-    ("settling too early", replace("lrf_utils.py", "1.01 * distance_at", "0.4 * distance_at"), HELPERS),
-    ("other pixels", replace("lrf_utils.py", "0.1307", "0.1317"), HELPERS),
+    ("a lost bias", replace("lrf_utils.py", "layer.bias.cpu().double() + lost", "0 * layer.bias"), HELPERS),
+    ("a lost padding", replace("lrf_utils.py", '"padding", "dilation"', '"dilation"'), HELPERS),
+    ("no ridge", replace("lrf_utils.py", "ridge=True)  # a bias", "ridge=False)  # a bias"), HELPERS),
+    ("a mean not made up for", replace("lrf_utils.py", "0 if statistics is None else (W", "0 * (W"), HELPERS),
+    ("a mask that is not used", replace("lrf_layers.py", "rows = rows[mask]", "rows = rows[mask | True]"), HELPERS),
+    ("a pair without a weight", replace("lrf_layers.py", "def weight(self)", "def weights(self)"), HELPERS),
+    (
+        "stale weights accepted",
+        replace("lrf_layers.py", "not isinstance(layer.weight", "not isinstance(nn.Parameter()"),
+        HELPERS,
+    ),
+    (
+        "attention that is not counted",
+        replace("lrf_utils.py", "sdpa_kernel(SDPBackend.MATH)", "torch.no_grad()"),
+        HELPERS,
+    ),
+    ("a budget that is not kept", replace("lrf_utils.py", "(sums[0] + reserve <= budget) & ", ""), HELPERS),
+    (
+        "threads set by importing",
+        replace("lrf_utils.py", "\nimport torch\n", "\nimport torch; torch.set_num_threads(1)\n"),
+        HELPERS,
+    ),
+    ("other pixels", replace("notebook_utils.py", "0.1307", "0.1317"), FOR_NOTEBOOKS),
+    ("an error without advice", replace("notebook_utils.py", "Restore it:", ""), FOR_NOTEBOOKS),
 ]
 
 

@@ -44,10 +44,8 @@ def seeded(make, *args, **kwargs):
 def snapshot(model):
     """What a function that only reads must leave as it is: modules, modes, gradient flags, values, random state."""
     tensors = [*model.parameters(), *model.buffers()]
-    objects = [
-        (name, id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks))
-        for name, m in model.named_modules()
-    ]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    objects = [hooks, *((name, id(module), module.training) for name, module in model.named_modules())]
     objects += [(id(tensor), tensor.requires_grad, tensor.grad) for tensor in tensors]
     return objects, [tensor.detach().clone() for tensor in tensors], torch.get_rng_state()
 
@@ -200,12 +198,8 @@ def measured(layer, pair, x, metric=None, damping=0.1):
     rows = rows_of(layer, x)
     spread = rows if layer.bias is None else rows - rows.mean(0)
     size = spread.square().sum(1).mean() / len(rows)  # the mean of n variances, times n, over the number of rows
-    change = torch.cat(
-        [
-            as_vectors(layer, layer(x) - pair(x)),
-            (layer.weight - pair.weight).detach().flatten(1).T * (len(rows) * size).sqrt(),
-        ]
-    )
+    on_white = (layer.weight - pair.weight).detach().flatten(1).T * (len(rows) * size).sqrt()
+    change = torch.cat([as_vectors(layer, layer(x) - pair(x)), on_white])
     if metric is None:
         return change.square().sum().item() / len(x)
     G = metric + damping * metric.diagonal().mean() * torch.eye(len(metric), **float64)
@@ -571,8 +565,7 @@ def test_statistics_are_the_mean_the_covariance_and_the_metric(make, name, shape
     model, x = seeded(make), matrix(*shape) + 1
     layer = model.get_submodule(name)
     rows, metric = by_hand(model, layer, x, 2.0)
-    model.requires_grad_(not frozen).train()
-    model.eval()
+    model.requires_grad_(not frozen)
     before = snapshot(model)
     found = lrf.collect(model, x.clone(), [name], temperature=2.0)[name]
     close, n = {"rtol": 1e-9, "atol": 1e-12}, rows.shape[1]
@@ -729,24 +722,24 @@ def test_layers_that_are_not_called_are_named_and_others_can_be_left_out():
     assert found["used"].metric.norm() > 0 and found["late"].metric.norm() == 0, "its output does not count"
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "batches"),
-    [
+def test_bad_batches_are_refused_and_change_nothing():
+    model = mlp()
+    before, no_input = snapshot(model), "a batch must hold a tensor with at least one input, got "
+    for kind, text, batches in [
         (ValueError, "batches is empty", []),
-        (ValueError, "a batch must hold a tensor with at least one input", torch.zeros(0, 6)),
-        (ValueError, "a batch must hold a tensor with at least one input, got 'text'", ["text"]),
+        (ValueError, no_input + "tensor([], size=(0, 6))", torch.zeros(0, 6)),
+        (ValueError, no_input + "'text'", ["text"]),
         (ValueError, "the inputs or gradients of the layer '0' are not all finite", torch.full((2, 6), math.nan)),
         (RuntimeError, "mat1 and mat2 shapes cannot be multiplied", torch.zeros(2, 5)),
         (TypeError, "takes 2 positional arguments but 3 were given", [(torch.zeros(2, 6), torch.zeros(2))]),
-    ],
-)
-def test_bad_batches_are_refused_and_change_nothing(kind, text, batches):
-    model = mlp()
-    before = snapshot(model)
-    raises(kind, text, lrf.collect, model, batches)
-    raises(kind, text, lrf.factorize_sequentially, model, {"0": 2}, batches)
-    assert_unchanged(model, before)
-    assert torch.is_grad_enabled()
+    ]:
+        raises(kind, text, lrf.collect, model, batches)
+        raises(kind, text, lrf.factorize_sequentially, model, {"0": 2}, batches)
+        assert_unchanged(model, before)
+        assert torch.is_grad_enabled()
+    with pytest.raises(TypeError) as caught:
+        lrf.collect(model, batches)
+    assert "batch of type tuple; select= says what of it goes into the model" in caught.value.__notes__[0]
 
 
 def test_gradients_that_are_not_finite_are_refused():
@@ -1005,14 +998,8 @@ def test_accuracy_and_sweep_refuse_what_is_not_one_row_of_logits_and_one_label_f
         reshaped = nn.Identity()
         reshaped.forward = lambda x, shape=shape: torch.zeros(shape)
         for function in (lrf.accuracy, sweep_first):
-            raises(
-                ValueError,
-                f"logits must be (3, two or more classes) without NaN, got shape {shape}",
-                function,
-                reshaped,
-                x,
-                y,
-            )
+            text = f"logits must be (3, two or more classes) without NaN, got shape {shape}"
+            raises(ValueError, text, function, reshaped, x, y)
     raises(ValueError, "without NaN", lrf.accuracy, model, torch.full((3, 4), math.nan), y)
     for function in (lrf.accuracy, sweep_first):
         for bad_x, bad_y in [(x[:0], y[:0]), (x, y[:2]), (x[:1], y[:2]), (x, y[:, None]), (x, torch.zeros(3, 3))]:
@@ -1209,7 +1196,7 @@ def factorized_resnet():
 
 def factorized_vit():
     vit = seeded(VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
-    nn.init.normal_(vit.heads.head.weight)  # it is zero at first
+    vit.heads.head.weight.data = matrix(1000, 32)  # it is zero at first
     return lrf.factorize(vit.float(), dict.fromkeys(lrf.layer_names(vit), 8))
 
 
