@@ -202,6 +202,8 @@ METHODS = {
         ("narrower dense", GREY, "X", ":"),
         ("random start", BROWN, "<", "--"),
         ("pruned", PINK, "*", "-."),
+        ("energy share", "#8c7a00", "h", ":"),
+        ("equal shares", "#444444", "p", "--"),
     )
 }
 
