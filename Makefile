@@ -35,6 +35,7 @@ refresh: $(READY)  ## for maintainers: make the committed outputs, solutions, fi
 	$(BIN)/python scripts/draw_concepts.py
 	$(BIN)/python scripts/write_solutions.py
 	$(BIN)/python scripts/run_notebooks.py --in-place
+	$(BIN)/python -m scripts.draw_readme
 	$(BIN)/python -m scripts.write_readme
 
 faults: $(READY)  ## plant one fault of each kind in a copy; the tests must catch them all

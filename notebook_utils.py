@@ -164,24 +164,22 @@ def train(
 def measure(calls: Mapping[str, Callable[[], object]], blocks: int = 7, seconds: float = 0.05) -> pd.DataFrame:
     """Seconds per call of each function: a row for each block, a column for each name. Without gradients.
 
-    In each block every function runs in its turn, for about ``seconds``. So what slows the machine for a while slows
-    all of them: compare columns by their ratios within a block, and take the spread between blocks for the noise.
+    In each block every function runs in its turn, again and again for ``seconds`` at least. So what slows the machine
+    for a while slows all of them: compare columns by their ratios within a block, and take the spread between blocks
+    for the noise.
     """
+    rows = []
     with torch.no_grad():
-        counts = {}
-        for name, call in calls.items():
+        for call in calls.values():
             call()  # warms up
-            start = time.perf_counter()
-            call()
-            counts[name] = max(1, round(seconds / (time.perf_counter() - start)))
-        rows = []
         for _ in range(blocks):
             row = {}
             for name, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(counts[name]):
+                count, start = 0, time.perf_counter()
+                while (spent := time.perf_counter() - start) < seconds:
                     call()
-                row[name] = (time.perf_counter() - start) / counts[name]
+                    count += 1
+                row[name] = spent / count
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -195,6 +193,7 @@ METHODS = {
     for name, color, marker, line in (
         ("dense", "black", "", ":"),
         ("plain SVD", BLUE, "o", "-"),
+        ("plain SVD + bias", BLUE, "h", "--"),
         ("activations", SKY, "v", "--"),
         ("activations + bias", ORANGE, "s", "--"),
         ("loss metric", GREEN, "D", "-"),
@@ -203,6 +202,8 @@ METHODS = {
         ("narrower dense", GREY, "X", ":"),
         ("random start", BROWN, "<", "--"),
         ("pruned", PINK, "*", "-."),
+        ("energy share", "#8c7a00", "h", ":"),
+        ("equal shares", "#444444", "p", "--"),
     )
 }
 
@@ -226,7 +227,7 @@ def show(figure: plt.Figure, alt: str, save: str | None = None) -> None:
     """
     png, drawing = io.BytesIO(), io.BytesIO()
     figure.savefig(drawing, format="png", dpi=2 * figure.dpi)  # sharp on dense screens
-    Image.open(drawing).convert("RGB").quantize(256).save(png, format="png")  # a third of the size
+    Image.open(drawing).convert("RGB").quantize(64).save(png, format="png", optimize=True)  # a quarter of the size
     if save:
         output_path(save).write_bytes(png.getvalue())
     data = {"image/png": png.getvalue(), "text/plain": alt}

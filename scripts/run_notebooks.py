@@ -5,7 +5,9 @@ the committed notebooks, results, checkpoints and images are made anew.
 """
 
 import argparse
+import base64
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -45,6 +47,20 @@ def execute(path: Path, label: str) -> tuple[nbformat.NotebookNode, float]:
     return notebook, time.perf_counter() - start
 
 
+def html_page(notebook: nbformat.NotebookNode, path: Path) -> str:
+    """The notebook, which lies at ``path``, as a page that needs no other file.
+
+    nbconvert can embed pictures too, but only those below the notebook's own folder.
+    """
+
+    def embedded(match: re.Match) -> str:
+        data = base64.b64encode((path.parent / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    return re.sub(r'\bsrc="((?!data:|https?:)[^"]+\.png)"', embedded, page)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in-place", action="store_true", help="rewrite the committed files instead of build/")
@@ -65,9 +81,7 @@ def main() -> int:
         copy.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, copy)
         if not in_place:
-            resources = {"metadata": {"path": str(path.parent), "name": path.stem}}
-            page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, resources)
-            copy.with_suffix(".html").write_text(page, encoding="utf-8")
+            copy.with_suffix(".html").write_text(html_page(notebook, path), encoding="utf-8")
         print(f"[{number}/{len(paths)}] {path.name}: done in {seconds[path.stem]:.0f} s", flush=True)
     if in_place:
         lessons = {name: seconds[name] for name in seconds if not name.endswith("_solutions")}

@@ -1,7 +1,8 @@
 """Write ``notebooks/solutions/NN_name_solutions.ipynb`` from each lesson and its ``NN_name.toml``, without outputs.
 
 Question, stub and check are taken from the lesson. The TOML file holds one ``[[exercise]]`` table for each exercise,
-in order: ``answer``, the solved stub; ``why``, the explanation; ``wrong``, plausible answers for the check to reject.
+in order: ``answer``, the whole stub, solved; ``why``, the explanation; ``wrong``, plausible answers, one of which at a
+time replaces names of the stub, for the check to reject.
 """
 
 import tomllib

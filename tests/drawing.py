@@ -2,10 +2,19 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.text import Text
+
+SMALLEST = 11.2  # points: 8 pixels where a phone shows a figure of 6.4 inches 328 pixels wide
 
 
 def drawn_numbers(figure: plt.Figure) -> str:
-    """The titles, labels and data of everything drawn in ``figure``, as text; four digits of each number."""
+    """The titles, labels and data of everything drawn in ``figure``, as text; four digits of each number.
+
+    Raises a ValueError if some text in it is too small for a phone.
+    """
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    if small := [text.get_text() for text in texts if text.get_fontsize() < SMALLEST]:
+        raise ValueError(f"text smaller than {SMALLEST} points: {', '.join(small)}")
 
     def digits(values: object) -> str:
         array = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan).ravel()

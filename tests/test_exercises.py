@@ -1,5 +1,9 @@
-"""Each check accepts its solution and rejects wrong answers; the committed solutions are those of the TOML files."""
+"""Each check accepts its solution and rejects wrong answers; the committed solutions are those of the TOML files.
 
+Every exercise runs from the lesson's ``setup`` cells alone, as it does for a reader who skips the rest.
+"""
+
+import ast
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -27,8 +31,14 @@ def set_up(lesson):
     return names
 
 
+def functions_to_write(stub):
+    """The names of the functions in which the stub has dots for the answer."""
+    functions = [node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)]
+    return [function.name for function in functions if "..." in ast.unparse(function)]
+
+
 @pytest.mark.parametrize(("lesson", "number"), EXERCISES)
-def test_check_tells_right_from_wrong_and_from_not_tried(lesson, number, capsys):
+def test_check_gives_the_right_verdict(lesson, number, capsys):
     exercise = read_exercises(lesson)[number - 1]
 
     def verdict(*sources):
@@ -40,11 +50,16 @@ def test_check_tells_right_from_wrong_and_from_not_tried(lesson, number, capsys)
         return capsys.readouterr().out
 
     stub = exercise.stub.source
-    assert verdict(stub) == "Not tried yet.\n"
-    assert verdict(stub, exercise.answer) == "Right.\n"
-    assert len(set(exercise.wrong)) >= 2
+    assert verdict(stub) == "Not tried yet.\n", "a function to be written ends with return ..."
+    # Without the stub, since the published solution is the answer alone.
+    assert verdict(exercise.answer) == "Right.\n", "an answer is the whole stub, solved"
+    for name in functions_to_write(stub):
+        head = f"def {name}(*arguments, **options):\n    "
+        assert verdict(stub, head + "pass").startswith("Your function returned nothing. ")
+        assert verdict(stub, head + "return no_such_name").startswith("The check could not run (NameError: ")
+    assert len(set(exercise.wrong)) >= 6
     for wrong in exercise.wrong:
-        assert verdict(stub, wrong).startswith("Not yet. "), f"accepted:\n{wrong}"
+        assert verdict(stub, wrong).startswith(("Not yet. ", "Not yet (")), f"accepted:\n{wrong}"
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
@@ -52,7 +67,10 @@ def test_lesson_ends_with_three_to_five_exercises(lesson):
     cells = nbformat.read(lesson, as_version=4).cells
     assert 3 <= len(read_exercises(lesson)) <= 5
     assert sum(cell.source.startswith("### Exercise ") for cell in cells) == len(read_exercises(lesson))
-    assert sum(has_tag(cell, "check") for cell in cells) == len(read_exercises(lesson))
+    checks = [cell for cell in cells if has_tag(cell, "check")]
+    assert len(checks) == len(read_exercises(lesson))
+    hidden = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in checks]
+    assert all(hidden), "a check gives its hint away: hide it in JupyterLab, with View, Collapse Selected Code"
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
@@ -62,6 +80,8 @@ def test_solutions_are_what_the_lesson_and_its_toml_file_say(lesson):
 
     committed = nbformat.read(solution_path(lesson), as_version=4)
     assert parts(committed) == parts(solution_notebook(lesson)), "run make refresh"
+    shown = [[output.get("text") for output in cell.outputs] for cell in committed.cells if has_tag(cell, "check")]
+    assert shown == [["Right.\n"]] * len(shown)
 
 
 def test_every_notebook_with_solutions_has_its_lesson():

@@ -39,6 +39,6 @@ def repository() -> Path:
     copy = BUILD / "repository"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__"))
-    with open(copy / "lrf_utils.py", "a", encoding="utf-8") as helpers:
+    with open(copy / "notebook_utils.py", "a", encoding="utf-8") as helpers:
         helpers.write("\nfrom tests.browser.contrast import note_faint_text\nnote_faint_text()\n")
     return copy
