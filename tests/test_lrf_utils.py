@@ -66,8 +66,9 @@ def raises(kind, text, call, *args, **kwargs):
 def python(code, *args):
     """What another process prints."""
     path = os.pathsep.join([str(Path(lrf.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "ignore", "-c", code, *args]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
