@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -89,8 +89,8 @@ def longer(key: str, seed: int, epochs: int, lr: float = DENSE_RATE) -> nn.Seque
     return fit(copy.deepcopy(dense_model(key, seed)), epochs, seed, lr)
 
 
-def by_loss(key: str, seed: int, ranks: dict[str, int], inputs: Tensor = CALIBRATION) -> nn.Sequential:
-    return lrf.factorize(dense_model(key, seed), ranks, inputs=inputs, temperature=2)
+def by_loss(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
+    return lrf.factorize(dense_model(key, seed), ranks, inputs=CALIBRATION, temperature=2)
 
 
 def by_svd(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
@@ -98,7 +98,7 @@ def by_svd(key: str, seed: int, ranks: dict[str, int]) -> nn.Sequential:
 
 
 def sequential(seed: int, ranks: dict[str, int]) -> nn.Sequential:
-    return lrf.factorize_sequentially(dense_model("large", seed), ranks, CALIBRATION[:5000], temperature=2)
+    return lrf.factorize_sequentially(dense_model("large", seed), ranks, CALIBRATION, temperature=2)
 
 
 @functools.cache
@@ -187,9 +187,9 @@ def large(record, seed):
     record("dense, 3 epochs", lambda: dense_model("large", seed))
     for name, ranks in (("rank 20", LARGE_23X), ("40x", LARGE_40X)):
         record(f"{name}, plain SVD, no training", lambda r=ranks: by_svd("large", seed, r))
+        record(f"{name}, no training", lambda r=ranks: by_loss("large", seed, r))
     record("rank 20, sequential, no training", lambda: sequential(seed, LARGE_23X))
     record("40x, sequential, no training", lambda: small_large(seed))
-    record("rank 20, no training", lambda: by_loss("large", seed, LARGE_23X, CALIBRATION[:5000]))
     for start, make in (
         ("sequential", lambda: copy.deepcopy(small_large(seed))),
         ("plain SVD", lambda: by_svd("large", seed, LARGE_40X)),
