@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.contour import ContourSet
 from matplotlib.text import Text
 
 SMALLEST = 11.2  # points: 8 pixels where a phone shows a figure of 6.4 inches 328 pixels wide
@@ -32,6 +33,9 @@ def drawn_numbers(figure: plt.Figure) -> str:
             corners = patch.get_path().get_extents(patch.get_transform() - axes.transData).get_points()
             lines.append(f"patch {patch.get_label()!r}: {digits(corners)}")
         for group in axes.collections:
+            if isinstance(group, ContourSet):  # one image more or less moves them, and adds or removes corners
+                lines.append(f"contours: {digits(group.levels)}")
+                continue
             drawn = [path.vertices for path in group.get_paths()]  # bands, error bars; of points, the marker
             if len(group.get_offsets()) > 1 or not np.allclose(group.get_offsets(), 0):
                 drawn = [group.get_offsets()]
