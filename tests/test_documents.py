@@ -116,11 +116,11 @@ def picture_problems(png: str) -> list[str]:
 
 
 def deserts(cells: list[nbformat.NotebookNode]) -> list[str]:
-    """Stretches of a lesson with much code and no picture, exercises left out. A cell's code stands above its own."""
+    """Stretches with much code, blank lines apart, and no picture; without the exercises."""
     problems, lines, start = [], 0, 0
     for number, cell in enumerate(cells):
         if cell.cell_type == "code" and not {"exercise", "check"} & set(cell.metadata.get("tags", [])):
-            lines += len(cell.source.splitlines())
+            lines += sum(bool(line.strip()) for line in cell.source.splitlines())
         drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         if drawn or number == len(cells) - 1 or (cell.cell_type == "markdown" and "![" in cell.source):
             if lines > 90:
