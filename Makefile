@@ -41,7 +41,7 @@ refresh: $(READY)  ## for maintainers: make the committed outputs, solutions, fi
 faults: $(READY)  ## plant one fault of each kind in a copy; the tests must catch them all
 	$(BIN)/python tests/plant_faults.py
 
-mutation: $(READY)  ## change lrf_utils.py and lrf_layers.py line by line; the tests must notice
+mutation: $(READY)  ## change the lrf_*.py line by line; the tests must notice
 	$(BIN)/python -m pip install --quiet mutmut
 	$(BIN)/python -m mutmut run
 	$(BIN)/python -m mutmut results

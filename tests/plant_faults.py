@@ -22,7 +22,7 @@ SOLUTIONS = "notebooks/solutions/03_factorize_layers.toml"
 DOCUMENTS = ["tests/test_documents.py"]
 OUTPUTS = [NOTEBOOK, "tests/test_results.py"]
 EXERCISES = ["tests/test_exercises.py"]
-HELPERS = ["tests/test_lrf_utils.py", "tests/test_properties.py"]
+HELPERS = ["tests/test_lrf_utils.py", "tests/test_lrf_convs.py", "tests/test_properties.py"]
 FOR_NOTEBOOKS = ["tests/test_notebook_utils.py"]
 
 
@@ -192,6 +192,8 @@ FAULTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
         replace("lrf_utils.py", "\nimport torch\n", "\nimport torch; torch.set_num_threads(1)\n"),
         HELPERS,
     ),
+    ("a filter's halves exchanged", replace("lrf_convs.py", "permute(1, 2, 0, 3)", "permute(1, 3, 0, 2)"), HELPERS),
+    ("a repair that sees other inputs", replace("lrf_convs.py", "in (model, small):", "in (model, model):"), HELPERS),
     ("other pixels", replace("notebook_utils.py", "0.1307", "0.1317"), FOR_NOTEBOOKS),
     ("an error without advice", replace("notebook_utils.py", "Restore it:", ""), FOR_NOTEBOOKS),
 ]
