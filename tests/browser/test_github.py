@@ -124,6 +124,7 @@ def look(browser: Browser, page_html: str, name: str) -> list[str]:
     for device, width in (("desktop", 1280), ("phone", 390)):
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.set_default_timeout(240_000)  # a shared machine is slow
             page.route("https://**", lambda route: route.abort())  # badges come from the web, which may be away
             page.goto(file.as_uri())
             page.screenshot(path=folder / f"{name}-{device}-{scheme}.png", full_page=True)
