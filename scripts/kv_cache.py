@@ -271,15 +271,14 @@ def untrained(record: Callable[..., None]) -> None:
 
 def trained(record: Callable[..., None]) -> None:
     best = partial(reduced, "joint", "loss metric", draw=0, shares="allocated")
-    for method, numbers, make in (
-        ("dense", 256, lambda: dense),
-        ("heads averaged", 128, partial(grouped, 128)),
-        ("joint, loss metric, allocated", 16, partial(best, 16)),
-        ("joint, loss metric, allocated", 32, partial(best, 32)),
-        ("separate, plain SVD, equal", 32, partial(reduced, "separate", "plain SVD", 32, 0)),
-        ("heads averaged", 64, partial(grouped, 64)),
+    for method, numbers, rate, make in (
+        ("dense", 256, RATE, lambda: dense),
+        ("heads averaged", 128, 2 * RATE, partial(grouped, 128)),
+        ("joint, loss metric, allocated", 16, RATE, partial(best, 16)),
+        ("joint, loss metric, allocated", 32, RATE, partial(best, 32)),
+        ("separate, plain SVD, equal", 32, RATE, partial(reduced, "separate", "plain SVD", 32, 0)),
     ):
-        record(f"{method}, {STEPS} steps", numbers, 0, lambda m=make: fit(m()))
+        record(f"{method}, {STEPS} steps", numbers, 0, lambda m=make, lr=rate: fit(m(), STEPS, lr))
 
 
 def choices(record: Callable[..., None]) -> None:
