@@ -206,11 +206,11 @@ METHODS = {
         ("equal shares", "#444444", "p", "--"),
         # convolutions, in lesson 8
         ("out", "#1b3a57", ">", "-"),
-        ("in", "#b35806", "s", "--"),
-        ("spatial", "#00736b", "^", "-."),
+        ("in", "#b35806", "s", (0, (4, 2))),
+        ("spatial", "#00736b", "^", (0, (4, 1, 1, 1))),
         ("depthwise", "#8e1b4f", "D", ":"),
         ("Tucker-2", "#6a51a3", "v", (0, (5, 1))),
-        ("least squares", PURPLE, "o", "-"),
+        ("least squares", PURPLE, "o", ":"),
         ("allocated by MACs", "#222222", "*", "-"),
         ("separable dense", "#555555", "d", ":"),
     )
