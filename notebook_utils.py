@@ -242,6 +242,7 @@ METHODS = {
         ("FWSVD", "#b07aa1", ">", ":"),
         ("ASVD", "#9c755f", "X", "-."),
         ("SVD-LLM", RED, "d", "--"),
+        ("weighted metric", "#006d2c", "X", "-"),
     )
 }
 

@@ -444,12 +444,13 @@ def table(record):
 def padding(record):
     """250 texts, with the padding masked out and with padding to 40 tokens that counts."""
     few = texts["calibration 0"][:250]
-    for ranks, how in (("own, 250 texts", {}), ("own, 250 texts, padding counts", {"length": 40})):
+    for weighted in (False, True):
+        for ranks, how in (("own, 250 texts", {}), ("own, 250 texts, padding counts", {"length": 40})):
 
-        def make(how=how):
-            return allocated(collected(few, True, **how))
+            def make(weighted=weighted, how=how):
+                return allocated(collected(few, weighted, **how))
 
-        record("weighted metric", ranks, 0.5, 0, make)
+            record("weighted metric" if weighted else "loss metric", ranks, 0.5, 0, make)
 
 
 PARTS = {
