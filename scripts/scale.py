@@ -1,0 +1,163 @@
+"""What takes too long for a cell of notebook 12. Writes results/scale_svd.csv and results/scale_engines.csv.
+
+    python scripts/scale.py [--parts svd engines] [--out FOLDER]
+
+One thread, about four minutes. Rows that are in the files already are skipped, so an interrupted run resumes. Times are
+the process's own CPU seconds, so that a busy machine matters little; where several processes work, seconds on the
+clock. Memory is private memory above that before the call (see ``stream.MemoryLog``).
+"""
+
+import argparse
+import csv
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from stream import MemoryLog, factors
+
+ROOT = Path(__file__).resolve().parents[1]
+SVD = ["method", "m", "n", "rank", "CPU seconds", "private MB", "error / optimum"]
+ENGINES = ["engine", "workers", "jobs", "seconds"]
+JOBS, WIDTH, RANK = 16, 1024, 64
+
+
+def matrix(m: int, n: int) -> Tensor:
+    """Random, with singular values that fall about as 1 / sqrt(index), as slowly as those of many trained layers."""
+    torch.manual_seed(0)
+    return torch.randn(m, m) * torch.arange(1.0, m + 1).rsqrt() @ torch.randn(m, n)
+
+
+def full(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def gram(W: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """By the eigenvectors of W Wᵀ or Wᵀ W, whichever is smaller; C is summed in ``dtype``."""
+    if W.shape[0] > W.shape[1]:
+        A, B = gram(W.T, rank, dtype)
+        return B.T, A.T
+    C = torch.zeros(len(W), len(W), dtype=dtype)
+    for some in W.split(1024, dim=1):  # so no copy of W in another precision
+        C.addmm_(some.to(dtype), some.to(dtype).T)
+    U = torch.linalg.eigh(C)[1][:, -rank:].to(W.dtype)
+    return U, U.T @ W
+
+
+def randomized(W: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
+    U, S, V = torch.svd_lowrank(W, q=rank + 10, niter=niter)
+    return U[:, :rank] * S[:rank], V[:, :rank].T
+
+
+METHODS: dict[str, Callable] = {
+    "full SVD": full,
+    "Gram, float32": gram,
+    "Gram, float64": lambda W, rank: gram(W, rank, torch.float64),
+    "randomized, no iteration": lambda W, rank: randomized(W, rank, 0),
+    "randomized, 1 iteration": lambda W, rank: randomized(W, rank, 1),
+    "randomized, 2 iterations": lambda W, rank: randomized(W, rank, 2),
+}
+
+
+def error(W: Tensor, A: Tensor, B: Tensor) -> float:
+    return sum(
+        (rows - a @ B).double().square().sum().item() for rows, a in zip(W.split(512), A.split(512))
+    ) ** 0.5
+
+
+def svd(record: Callable) -> None:
+    for m, n, rank in ((4096, 11008, 512),):
+        W = matrix(m, n)
+        optimum = None
+        for name, method in METHODS.items():
+            torch.manual_seed(0)
+            with MemoryLog() as log:
+                start = time.process_time()
+                A, B = method(W, rank)
+                spent = time.process_time() - start
+            peak = max((size for _, size in log.rows), default=float("nan"))
+            left = error(W, A, B)
+            optimum = optimum or left  # the full SVD comes first
+            record([name, m, n, rank], [f"{spent:.2f}", f"{peak:.0f}", f"{left / optimum:.5f}"])
+
+
+def job(number: int) -> float:
+    torch.manual_seed(number)
+    return sum(part.norm().item() for part in factors(torch.randn(WIDTH, WIDTH), RANK))
+
+
+def engines(record: Callable) -> None:
+    """The same jobs in one loop, in threads, in processes that start anew, and in Dask's threads if it is there."""
+    numbers = range(JOBS)
+
+    def loop() -> None:
+        for number in numbers:
+            job(number)
+
+    def threads() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(job, numbers))
+
+    def processes() -> None:
+        code = f"import sys, scale; [scale.job(n) for n in range(int(sys.argv[1]), {JOBS}, 2)]"
+        command = [sys.executable, "-c", code]
+        started = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parent) for rank in range(2)]
+        if any(process.wait() for process in started):
+            raise SystemExit("a process of the engines' comparison failed")
+
+    def dask_threads() -> None:
+        import dask
+
+        dask.compute(*[dask.delayed(job)(number) for number in numbers], scheduler="threads", num_workers=2)
+
+    tried = {"loop": loop, "threads": threads, "layers[rank::2], 2 new processes": processes}
+    if importlib.util.find_spec("dask"):
+        tried["Dask, threads"] = dask_threads
+    job(0)
+    for block in range(3):
+        for name, engine in tried.items():
+            start = time.perf_counter()
+            engine()
+            record([name, 1 if name == "loop" else 2, f"{JOBS}, block {block + 1}"], [f"{time.perf_counter() - start:.2f}"])
+
+
+def recorder(path: Path, columns: list[str]) -> Callable:
+    if not path.exists():
+        path.write_text(",".join(columns) + "\n")
+
+    def record(key: list, values: list) -> None:
+        with path.open(newline="") as file:
+            known = {tuple(row[: len(key)]) for row in csv.reader(file)}
+        if tuple(map(str, key)) not in known:
+            with path.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([*key, *values])
+            print(*key, *values, sep=", ", flush=True)
+
+    return record
+
+
+PARTS = {"svd": (svd, "scale_svd.csv", SVD), "engines": (engines, "scale_engines.csv", ENGINES)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
+        run, name, columns = PARTS[part]
+        run(recorder(options.out / name, columns))
+
+
+if __name__ == "__main__":
+    main()
