@@ -2,9 +2,9 @@
 
     python scripts/scale.py [--parts svd engines] [--out FOLDER]
 
-One thread, about four minutes. Rows that are in the files already are skipped, so an interrupted run resumes. Times are
-the process's own CPU seconds, so that a busy machine matters little; where several processes work, seconds on the
-clock. Memory is private memory above that before the call (see ``stream.MemoryLog``).
+One thread, about four minutes; each part writes its table anew, row by row. Times are the process's own CPU seconds, so
+that a busy machine matters little; where several processes work, seconds on the clock. Memory is private memory above
+that before the call (see ``stream.MemoryLog``). The engine Dask is measured only where it is installed.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stream import MemoryLog, factors
 
 ROOT = Path(__file__).resolve().parents[1]
 SVD = ["method", "m", "n", "rank", "CPU seconds", "private MB", "error / optimum"]
-ENGINES = ["engine", "workers", "jobs", "seconds"]
+ENGINES = ["engine", "workers", "block", "seconds"]
 JOBS, WIDTH, RANK = 16, 1024, 64
 
 
@@ -68,9 +69,7 @@ METHODS: dict[str, Callable] = {
 
 
 def error(W: Tensor, A: Tensor, B: Tensor) -> float:
-    return sum(
-        (rows - a @ B).double().square().sum().item() for rows, a in zip(W.split(512), A.split(512))
-    ) ** 0.5
+    return sum((rows - a @ B).double().square().sum().item() for rows, a in zip(W.split(512), A.split(512))) ** 0.5
 
 
 def svd(record: Callable) -> None:
@@ -86,7 +85,7 @@ def svd(record: Callable) -> None:
             peak = max((size for _, size in log.rows), default=float("nan"))
             left = error(W, A, B)
             optimum = optimum or left  # the full SVD comes first
-            record([name, m, n, rank], [f"{spent:.2f}", f"{peak:.0f}", f"{left / optimum:.5f}"])
+            record(name, m, n, rank, f"{spent:.2f}", f"{peak:.0f}", f"{left / optimum:.5f}")
 
 
 def job(number: int) -> float:
@@ -126,20 +125,17 @@ def engines(record: Callable) -> None:
         for name, engine in tried.items():
             start = time.perf_counter()
             engine()
-            record([name, 1 if name == "loop" else 2, f"{JOBS}, block {block + 1}"], [f"{time.perf_counter() - start:.2f}"])
+            seconds = time.perf_counter() - start
+            record(name, 1 if name == "loop" else 2, block + 1, f"{seconds:.2f}")
 
 
 def recorder(path: Path, columns: list[str]) -> Callable:
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n")
+    path.write_text(",".join(columns) + "\n", encoding="utf-8")
 
-    def record(key: list, values: list) -> None:
-        with path.open(newline="") as file:
-            known = {tuple(row[: len(key)]) for row in csv.reader(file)}
-        if tuple(map(str, key)) not in known:
-            with path.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([*key, *values])
-            print(*key, *values, sep=", ", flush=True)
+    def record(*values: object) -> None:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow(values)
+        print(*values, sep=", ", flush=True)
 
     return record
 
