@@ -104,18 +104,16 @@ def plan(tensors: dict, rank: int, layers: str) -> dict[str, list[tuple[str, str
     return result
 
 
-def header(entries: list[tuple[str, str, list[int]]], settings: dict[str, str]) -> tuple[bytes, list[int]]:
-    """The first bytes of a safetensors file, and where in the file each tensor begins; the last is the file's end."""
-    places, start = {"__metadata__": settings}, 0
+def header(entries: list[tuple[str, str, list[int]]], settings: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file, and where in the file each tensor ends."""
+    places, end = {"__metadata__": settings}, 0
     for name, dtype, shape in entries:
-        size = BYTES[dtype] * torch.Size(shape).numel()
-        places[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
-        start += size
+        start, end = end, end + BYTES[dtype] * torch.Size(shape).numel()
+        places[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(places).encode()
     text += b" " * (-len(text) % 8)
-    first = len(text) + 8
-    starts = [first + places[name]["data_offsets"][0] for name, _, _ in entries]
-    return len(text).to_bytes(8, "little") + text, [*starts, first + start]
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {e[0]: first + places[e[0]]["data_offsets"][1] for e in entries}
 
 
 def factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -138,23 +136,23 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def stream(model: Path, out: Path, rank: int, layers: str = ".*", at_once: bool = False) -> Iterator[str]:
-    """Yields each tensor's name when what became of it is in the file."""
+    """Yields each tensor's name as soon as what became of it is in the file."""
     with opened(model) as tensors:
         new = plan(tensors, rank, layers)
-        settings = {"rank": str(rank), "layers": layers, "format": "pt"}
-        head, starts = header([entry for entries in new.values() for entry in entries], settings)
+        settings = {"format": "pt", "rank": str(rank), "layers": layers}
+        head, ends = header([entry for entries in new.values() for entry in entries], settings)
         part = out.with_name(out.name + ".part")
-        if not begins_with(part, head):  # nothing there, or of another run
+        if not begins_with(part, head):  # nothing there, or of other settings
             part.write_bytes(head)
-        loaded = {name: handle.get_tensor(name).clone() for name, handle in tensors.items()} if at_once else {}
-        ends = [starts[sum(len(entries) for entries in list(new.values())[: i + 1])] for i in range(len(new))]
-        done = sum(end <= part.stat().st_size for end in ends)
+        end_of = {name: ends[entries[-1][0]] for name, entries in new.items()}
+        done = [name for name in new if end_of[name] <= part.stat().st_size]
+        loaded = {name: tensors[name].get_tensor(name).clone() for name in new if at_once}
         with part.open("r+b") as file:
-            file.seek(ends[done - 1] if done else len(head))
+            file.seek(end_of[done[-1]] if done else len(head))
             file.truncate()  # what is half written
-            for name, entries in list(new.items())[done:]:
+            for name in list(new)[len(done) :]:
                 W = loaded[name] if at_once else tensors[name].get_tensor(name)
-                for tensor in factors(W, rank) if len(entries) == 2 else (W,):
+                for tensor in factors(W, rank) if len(new[name]) == 2 else (W,):
                     file.write(raw(tensor))
                 file.flush()
                 os.fsync(file.fileno())
