@@ -56,12 +56,12 @@ def statistics(given: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
 
 def gram_svd(W_k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """This worker's rows of A, and B, for a W whose rows are spread over the workers. W itself is never sent."""
-    C = W_k.T.double() @ W_k.double()
+    C = W_k.T @ W_k
     dist.all_reduce(C)  # n × n numbers: the sum over workers is Wᵀ W
-    values, V = torch.linalg.eigh(C)
-    dist.broadcast(V, src=0)  # on other hardware, other last digits and signs
-    root = values[-rank:].clamp(min=1e-30).sqrt().sqrt()
-    return (W_k.double() @ V[:, -rank:] / root).to(W_k), (root[:, None] * V[:, -rank:].T).to(W_k)
+    values, V = torch.linalg.eigh(C.double())
+    V, root = V[:, -rank:].to(W_k).contiguous(), values[-rank:].clamp(min=1e-30).to(W_k) ** 0.25
+    dist.broadcast(V, src=0)  # n × rank; on other hardware the signs may be others
+    return W_k @ V / root, root[:, None] * V.T
 
 
 def sharded(given: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
