@@ -1,6 +1,6 @@
-"""What takes too long for a cell of notebook 12. Writes results/scale_svd.csv and results/scale_engines.csv.
+"""What takes too long for a cell of notebook 12, or needs Linux. Writes results/scale_*.csv.
 
-    python scripts/scale.py [--parts svd engines] [--out FOLDER]
+    python scripts/scale.py [--parts svd engines memory] [--out FOLDER]
 
 One thread, about six minutes; each part writes its table anew, row by row. CPU seconds, which a busy machine changes
 little, are those of the process and, where several work, of all of them. Memory is private memory above that before the
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -147,6 +148,27 @@ def engines(record: Callable) -> None:
             record(name, 1 if name == "loop" else 2, block + 1, f"{spent:.2f}", f"{seconds:.2f}")
 
 
+def curve(log: Path) -> pd.DataFrame:
+    """A log of ``stream.py --memory`` in 60 equal stretches of time: the largest private memory in each."""
+    rows = pd.read_csv(log)
+    stretch = pd.cut(rows["seconds"], 60, labels=False)
+    return rows.groupby(stretch).max().reindex(range(60)).ffill().clip(lower=0.001)
+
+
+def memory(record: Callable) -> None:
+    """Private memory of ``stream.py`` over time, for twelve weights of 2048×2048."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_file({f"{i:02d}.weight": torch.randn(2048, 2048) for i in range(12)}, f"{folder}/model.safetensors")
+        for run, more in (("at_once", ["--at-once"]), ("one_by_one", [])):
+            files = Path(__file__).with_name("stream.py"), f"{folder}/model.safetensors", f"{folder}/{run}"
+            log = Path(folder, "log.csv")
+            command = [sys.executable, *map(str, files), "--rank", "64", "--memory", str(log), *more]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            for seconds, size in curve(log).itertuples(index=False):
+                record(run, f"{seconds:.3f}", f"{size:.3f}")
+
+
 def recorder(path: Path, columns: list[str]) -> Callable:
     path.write_text(",".join(columns) + "\n", encoding="utf-8")
 
@@ -158,7 +180,11 @@ def recorder(path: Path, columns: list[str]) -> Callable:
     return record
 
 
-PARTS = {"svd": (svd, "scale_svd.csv", SVD), "engines": (engines, "scale_engines.csv", ENGINES)}
+PARTS = {
+    "svd": (svd, "scale_svd.csv", SVD),
+    "engines": (engines, "scale_engines.csv", ENGINES),
+    "memory": (memory, "scale_memory.csv", ["run", "seconds", "MB"]),
+}
 
 
 def main() -> None:

@@ -101,10 +101,13 @@ def launch(job: str, given: dict[str, Any], world: int = 2, timeout: float = 300
 
     Raises:
         ValueError: no such job, or fewer than one worker.
-        RuntimeError: a worker ended with an error, or time was up; all others have been ended by then.
+        RuntimeError: a worker ended with an error, or time was up, and all others have been ended by then; or PyTorch
+            cannot do it here.
     """
     if job not in JOBS or world < 1:
         raise ValueError(f"job must be one of {', '.join(JOBS)} and world at least 1, got {job!r} and {world!r}")
+    if not dist.is_available():
+        raise RuntimeError("this build of PyTorch has no torch.distributed; install one from pytorch.org")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
         torch.save(given, Path(folder, "given.pt"))
         logs = [stack.enter_context(Path(folder, f"log{rank}").open("w")) for rank in range(world)]

@@ -180,6 +180,12 @@ def test_unknown_jobs_and_no_workers_are_refused(job, world):
         worker.launch(job, {}, world)
 
 
+def test_a_pytorch_without_distributed_is_named(monkeypatch):
+    monkeypatch.setattr(worker.dist, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"^this build of PyTorch has no torch.distributed"):
+        worker.launch("death", {"who": 0})
+
+
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_every_method_comes_close_to_the_optimum(shape):
     W = scale.matrix(*shape)
