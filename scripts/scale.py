@@ -66,6 +66,19 @@ def randomized(W: Tensor, rank: int, more: int, niter: int) -> tuple[Tensor, Ten
     return U[:, :rank] * S[:rank], V[:, :rank].T
 
 
+def range_finder(W: Tensor, rank: int, more: int, niter: int) -> tuple[Tensor, Tensor]:
+    """The same, but what is left in the end, a wide matrix of rank + ``more`` rows, is solved by its Gram matrix."""
+    if W.shape[0] > W.shape[1]:
+        A, B = range_finder(W.T, rank, more, niter)
+        return B.T, A.T
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], rank + more))[0]
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q)[0])[0]
+    U, B = gram(Q.T @ W, rank)
+    return Q @ U, B
+
+
 METHODS: dict[str, Callable] = {
     "full SVD": full,
     "Gram, float32": gram,
@@ -75,6 +88,7 @@ METHODS: dict[str, Callable] = {
     "randomized, 10 more, 2 iterations": lambda W, rank: randomized(W, rank, 10, 2),
     "randomized, a quarter more, 3 iterations": lambda W, rank: randomized(W, rank, rank // 4, 3),
     "randomized, half more, 2 iterations": lambda W, rank: randomized(W, rank, rank // 2, 2),
+    "the same, Gram at the end": lambda W, rank: range_finder(W, rank, rank // 2, 2),
 }
 
 
