@@ -88,7 +88,7 @@ METHODS: dict[str, Callable] = {
     "randomized, 10 more, 2 iterations": lambda W, rank: randomized(W, rank, 10, 2),
     "randomized, a quarter more, 3 iterations": lambda W, rank: randomized(W, rank, rank // 4, 3),
     "randomized, half more, 2 iterations": lambda W, rank: randomized(W, rank, rank // 2, 2),
-    "the same, Gram at the end": lambda W, rank: range_finder(W, rank, rank // 2, 2),
+    "randomized, half more, 2 iterations, Gram": lambda W, rank: range_finder(W, rank, rank // 2, 2),
 }
 
 
