@@ -9,10 +9,11 @@ import pytest
 from tests.compare import TOLERANCES
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tables that scripts write. Notebooks 07 to 10 run some rows of them again.
+# Tables that scripts write. Notebooks 07 to 12 run some rows of them again.
 FROM_SCRIPTS = {"run_times.csv", "recovery.csv", "recovery_validation.csv"}
 FROM_SCRIPTS |= {"convolutions.csv", "convolutions_pairs.csv", "convolutions_validation.csv"}
 FROM_SCRIPTS |= {"kv_cache.csv", "kv_cache_validation.csv", "minilm.csv", "minilm_validation.csv"}
+FROM_SCRIPTS |= {"scale_svd.csv", "scale_engines.csv", "scale_memory.csv"}
 TABLES = sorted({p.name for p in (ROOT / "results").glob("*.csv")} - FROM_SCRIPTS)
 TIMES = r"µs|\bms\b|seconds|speed-up|spread \(%\)"  # columns that hold times
 
