@@ -248,6 +248,8 @@ METHODS = {
         ("4 bits", ORANGE, "^", ":"),
         ("low rank, 8 bits", GREEN, "s", "-."),
         ("low rank, 4 bits", PURPLE, "^", "--"),
+        ("rounded", "#8c6d31", "s", "-"),
+        ("GPTQ", "#c0392b", "v", "-"),
     )
 }
 
