@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -206,6 +207,7 @@ def collect(
     temperature: float | None = None,
     loss: Callable[[Any], Iterable[Tensor]] | None = None,
     damping: float = 0.1,
+    weighted: bool = False,
 ) -> dict[str, Statistics]:
     """Statistics of the named layers, or of ``layer_names(model)``, in the order of their first calls.
 
@@ -219,6 +221,8 @@ def collect(
             have logits of its own, (N, classes), as the model's output or in its ``.logits``.
         loss: for any other output or many classes: makes scalars of the output, whose gradients' outer products are
             added up. With one class drawn for each input it is the sum of their cross-entropies.
+        weighted: with a loss, let each row count as its squared gradient, scaled to a mean of 1. Then the covariance
+            is that of the rows on which the loss depends. See notebook 10.
 
     Raises a KeyError or TypeError as ``factorize``; a ValueError for no data, NaN in them, a named layer that is not
     called, a mask or an argument that does not fit.
@@ -229,21 +233,25 @@ def collect(
         if value is not None and not value > 0:
             raise ValueError(f"temperature and damping must be positive, got {value!r}")
     losses = loss if temperature is None else partial(_every_class, temperature)
+    if weighted and losses is None:
+        raise ValueError("rows are weighted by their gradients, so give a temperature or a loss too")
     layers = {name: named_layer(model, name) for name in (layer_names(model) if names is None else names)}
     sums: dict[str, list] = {}
-    seen: list[tuple[str, Tensor]] = []
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    weights: Counter[str] = Counter()
     mask, inputs = None, 0
 
     def look(name: str, layer: Layer, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         x, (m, n) = as_rows(layer, args, kwargs, mask), layer.weight.flatten(1).shape
         sums.setdefault(name, [0, *(x.new_zeros(size) for size in ((n,), (n, n), (m, m)))])
         sums[name][0] += len(x)
-        sums[name][1] += x.sum(0)
-        sums[name][2].addmm_(x.T, x)
+        if not weighted:
+            sums[name][1] += x.sum(0)
+            sums[name][2].addmm_(x.T, x)
         if losses is None:
             return output
         # The next module gets a copy, since it may write into it, as nn.ReLU(inplace=True) does.
-        seen.append((name, output.requires_grad_()))
+        seen.append((name, output.requires_grad_(), x))
         return output.clone()
 
     with contextlib.ExitStack() as hooks, evaluating(model), torch.set_grad_enabled(losses is not None):
@@ -255,18 +263,26 @@ def collect(
             output, count = run(model, batch, select)
             inputs += count
             for scalar in losses(output) if seen else ():
-                outputs = [each for _, each in seen]
+                outputs = [each for _, each, _ in seen]
                 gradients = torch.autograd.grad(scalar, outputs, retain_graph=True, materialize_grads=True)
-                for (name, _), g in zip(seen, gradients):
+                for (name, _, x), g in zip(seen, gradients):
                     conv = isinstance(layers[name], nn.Conv2d)
                     g = _counted(g.reshape(-1, *g.shape[-3:]).flatten(2).transpose(1, 2) if conv else g, mask)
                     sums[name][3].addmm_(g.T, g)
+                    if weighted:
+                        w = g.square().sum(1)
+                        weights[name] += w.sum()
+                        sums[name][1] += w @ x
+                        sums[name][2].addmm_(x.T, w[:, None] * x)
     if inputs == 0:
         raise ValueError("batches is empty; give at least one")
     if missing := [name for name in layers if name not in sums]:
         if names is not None:
             raise ValueError(f"the model does not call {missing}; leave them out")
         warnings.warn(f"no statistics of {missing}, which the model does not call", stacklevel=2)
+    for name, total in weights.items():
+        for product in sums[name][1:3]:
+            product *= sums[name][0] / total
     for name, (rows, _, *products) in sums.items():
         if rows == 0 or not all(product.isfinite().all() for product in products):
             raise ValueError(

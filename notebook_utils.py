@@ -242,6 +242,7 @@ METHODS = {
         ("FWSVD", "#b07aa1", ">", ":"),
         ("ASVD", "#9c755f", "X", "-."),
         ("SVD-LLM", RED, "d", "--"),
+        ("weighted metric", "#006d2c", "X", "-"),
         # bits, in lesson 11
         ("low rank", BLUE, "P", "--"),
         ("8 bits", "#8c7a00", "s", ":"),

@@ -2,12 +2,13 @@
 
 Each row is appended to results/minilm.csv as soon as it is measured, and the places at which the 2,000 queries found
 their definitions to results/minilm_places.csv.gz; what is there is not measured again. All of it takes about an hour on
-one core. ``--validate`` compares learning rates on 500 other queries: results/minilm_validation.csv.
+one core. ``--validate`` compares settings on 500 other queries: results/minilm_validation.csv.
 """
 
 import argparse
 import copy
 import csv
+import dataclasses
 import functools
 import gzip
 import math
@@ -27,7 +28,9 @@ import notebook_utils as nb
 from lrf_layers import LowRank, Statistics
 
 COLUMNS = ["method", "ranks", "kept", "draw", "queries", "R@1 (%)", "R@10 (%)", "MRR (%)", "cosine", "cosine, verses"]
-STEPS, RATE = 300, 1e-4  # of the distillation
+STARTS = {"weighted metric": "own", "plain SVD": "equal"}  # of the distillation, with their ranks
+CENTRED = ("activations + bias", "loss metric", "weighted metric")
+STEPS, RATES = 300, {"weighted metric": 3e-4, "plain SVD": 1e-3}  # of the distillation; by the validation cosine
 warnings.filterwarnings("ignore", "the budget does not count")  # the tables of embeddings, which stay
 
 
@@ -102,20 +105,21 @@ def sketch(embeddings, count=1, generator=None):
         yield (embeddings * torch.randn(embeddings.shape, generator=generator)).sum() / count**0.5
 
 
-def collected(sentences, count=1, **how):
+def collected(sentences, weighted, count=1, **how):
     seen = [batch for batch, _ in batches(sentences, **how)]
     keep = (lambda batch: batch["attention_mask"]) if not how else None
-    generator = torch.Generator().manual_seed(0)
-    return lrf.collect(dense, seen, keep=keep, loss=functools.partial(sketch, count=count, generator=generator))
+    loss = functools.partial(sketch, count=count, generator=torch.Generator().manual_seed(0))
+    return lrf.collect(dense, seen, keep=keep, loss=loss, weighted=weighted)
 
 
 @functools.cache
-def statistics(draw):
+def statistics(draw, weighted=False):
     if draw == "0 + 1 + 2":
-        return {name: s + statistics(1)[name] + statistics(2)[name] for name, s in statistics(0).items()}
-    path = nb.ROOT / "build" / f"minilm_statistics_{draw}.pt"
+        first, *others = (statistics(each, weighted) for each in (0, 1, 2))
+        return {name: s + others[0][name] + others[1][name] for name, s in first.items()}
+    path = nb.ROOT / "build" / f"minilm_statistics_{draw}{'_weighted' * weighted}.pt"
     if not path.exists():
-        known = collected(texts[f"calibration {draw}"])
+        known = collected(texts[f"calibration {draw}"], weighted)
         torch.save({name: vars(each) for name, each in known.items()}, path)
     return {name: Statistics(**each) for name, each in torch.load(path).items()}
 
@@ -155,7 +159,7 @@ def fisher_rows():
 
 def scalings(method, name, draw):
     """L and R of one layer; None for the identity."""
-    known, m = statistics(draw)[name], len(WEIGHTS[name])
+    known, m = statistics(draw, method == "weighted metric")[name], len(WEIGHTS[name])
     left = right = None
     if method == "FWSVD":
         rows = fisher_rows()[name]
@@ -164,9 +168,9 @@ def scalings(method, name, draw):
         right = mean_sizes()[name].sqrt().diag()
     if method == "SVD-LLM":
         right = torch.linalg.cholesky(known.covariance(centred=False, ridge=True))
-    if method in ("activations + bias", "loss metric"):
+    if method in CENTRED:
         right = torch.linalg.cholesky(known.covariance(ridge=True))
-    if method == "loss metric":
+    if method in ("loss metric", "weighted metric"):
         G = known.metric
         left = torch.linalg.cholesky(G + known.damping * G.diagonal().mean() * torch.eye(m)).T
     return left, right
@@ -188,13 +192,16 @@ def factors(method, draw=0):
 
 def compressed(method, ranks, draw=0):
     """A copy of the model with these ranks; None is dense."""
-    pairs, centred = {}, method in ("activations + bias", "loss metric")
+    pairs = {}
     for name, rank in ranks.items():
         if rank is not None:
             A, B, _ = factors(method, draw)[name]
             (m, n), layer = WEIGHTS[name].shape, dense.get_submodule(name)
             pair = LowRank(nn.Linear(n, rank, bias=False), nn.Linear(rank, m))
-            lost = (WEIGHTS[name] - A[:, :rank] @ B[:rank]) @ statistics(draw)[name].mean if centred else 0
+            lost = 0
+            if method in CENTRED:
+                mean = statistics(draw, method == "weighted metric")[name].mean
+                lost = (WEIGHTS[name] - A[:, :rank] @ B[:rank]) @ mean
             with torch.no_grad():
                 for parameter, value in zip(pair.parameters(), (B[:rank], A[:, :rank], layer.bias + lost)):
                     parameter.copy_(value)
@@ -277,9 +284,9 @@ def ranks_of(method, ranks, kept, draw=0):
 # --- Training, and the table of embeddings ---------------------------------------------------------------------------
 
 
-def distil(student, steps=STEPS, rate=RATE, seed=0, size=64):
+def distil(student, rate, steps=STEPS, seed=0, size=64):
     """Train all but the embeddings to give the original's embeddings, with Adam and a one-cycle rate. No labels."""
-    known = [(batch, encode_batch(batch)) for batch, _ in batches(texts["training"][: steps * size], size)]
+    known = taught(size)
     parameters = [p for name, p in student.named_parameters() if "embeddings" not in name]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -295,9 +302,11 @@ def distil(student, steps=STEPS, rate=RATE, seed=0, size=64):
     return student
 
 
-def encode_batch(batch):
+@functools.cache
+def taught(size):
+    """Batches of the training texts, each with the original's embeddings."""
     with torch.no_grad():
-        return dense(**batch)
+        return [(batch, dense(**batch)) for batch, _ in batches(texts["training"], size)]
 
 
 def with_table(table):
@@ -346,25 +355,24 @@ def row(record, method, ranks, kept, draw=0, **how):
 
 
 def ours(record):
-    """The loss metric with its own ranks, at every ratio."""
+    """The weighted metric with its own ranks, at every ratio."""
     record("dense", "", 1.0, 0, lambda: dense)
     for kept in (0.5, 0.7, 0.9, 0.3):
-        row(record, "loss metric", "own", kept)
+        row(record, "weighted metric", "own", kept)
 
 
 def between(record):
     """The same at three more ratios."""
     for kept in (0.8, 0.6, 0.4):
-        row(record, "loss metric", "own", kept)
+        row(record, "weighted metric", "own", kept)
 
 
 def published(record, ratios=(0.7, 0.5)):
-    """The other methods, and ours, at equal ratios."""
+    """The other methods, and ours, at equal ratios; and the loss metric whose rows are not weighted."""
     for kept in ratios:
-        for method in ("plain SVD", "SVD-LLM", "ASVD", "FWSVD"):
+        for method in ("plain SVD", "SVD-LLM", "ASVD", "FWSVD", *CENTRED):
             row(record, method, "equal", kept)
-        for method in ("activations + bias", "loss metric"):
-            row(record, method, "equal", kept)
+        row(record, "loss metric", "own", kept)
 
 
 def published_ranks(record):
@@ -389,27 +397,32 @@ def currency(record):
     """Ranks by the error of the outputs, in two units."""
     for kept in (0.7, 0.5):
         for ranks in ("output error", "relative output error"):
-            row(record, "activations + bias", ranks, kept, count=500)
+            row(record, "activations + bias", ranks, kept)
 
 
 def draws(record):
     """Other calibration texts, and three times as many."""
     for draw in (1, 2, "0 + 1 + 2"):
         for kept in (0.5, 0.7):
-            row(record, "loss metric", "own", kept, draw)
+            row(record, "weighted metric", "own", kept, draw)
             if draw != "0 + 1 + 2":
                 row(record, "SVD-LLM", "equal", kept, draw)
 
 
 def trained(record):
     """Distillation, from two starts."""
-    record("loss metric", "own, distilled", 0.5, 0, lambda: distil(balanced("loss metric", "own")))
-    record("plain SVD", "equal, distilled", 0.5, 0, lambda: distil(balanced("plain SVD", "equal")))
+    for method, ranks in STARTS.items():
+        start = functools.partial(balanced, method, ranks)
+        record(method, f"{ranks}, distilled", 0.5, 0, lambda s=start, m=method: distil(s(), RATES[m]))
+
+
+def allocated(known, kept=0.5):
+    return lrf.factorize(dense, lrf.allocate(lrf.options(dense, known), kept * TOTAL), known)
 
 
 def balanced(method, ranks, kept=0.5):
     """As ``compressed``, by the library, which gives both factors of a pair the same size; Adam wants that."""
-    known = statistics(0) if method == "loss metric" else None
+    known = statistics(0, True) if method == "weighted metric" else None
     return lrf.factorize(dense, ranks_of(method, ranks, kept), known)
 
 
@@ -427,19 +440,28 @@ def table(record):
         ("SVD", 0.5, lambda: truncated(E, 189)),
         ("SVD, frequency, loss metric", 0.5, lambda: truncated(E, 189, frequency, G)),
     ):
-        record("table of embeddings", name, kept, 0, lambda make=make: with_table(make()), count=500)
+        record("table of embeddings", name, kept, 0, lambda make=make: with_table(make()))
 
 
 def padding(record):
     """250 texts, with the padding masked out and with padding to 40 tokens that counts."""
     few = texts["calibration 0"][:250]
-    for ranks, how in (("own, 250 texts", {}), ("own, 250 texts, padding counts", {"length": 40})):
+    for weighted in (False, True):
+        for ranks, how in (("own, 250 texts", {}), ("own, 250 texts, padding counts", {"length": 40})):
 
-        def make(how=how):
-            known = collected(few, **how)
-            return lrf.factorize(dense, lrf.allocate(lrf.options(dense, known), 0.5 * TOTAL), known)
+            def make(weighted=weighted, how=how):
+                return allocated(collected(few, weighted, **how))
 
-        record("loss metric", ranks, 0.5, 0, make, count=500)
+            record("weighted metric" if weighted else "loss metric", ranks, 0.5, 0, make)
+
+    def with_less_ridge():  # the ridge falls with the number of rows, and padding makes more of them
+        known = collected(few, True)
+        for name, s in known.items():
+            k = 40 * len(few) / s.rows
+            known[name] = dataclasses.replace(s, rows=k * s.rows, row_sum=k * s.row_sum, outer_sum=k * s.outer_sum)
+        return allocated(known)
+
+    record("weighted metric", "own, 250 texts, ridge as with padding", 0.5, 0, with_less_ridge)
 
 
 PARTS = {
@@ -450,12 +472,12 @@ PARTS = {
         published_ends,
         published_ranks,
         searched,
-        trained,
         draws,
         currency,
         table,
         between,
         padding,
+        trained,
     )
 }
 
@@ -490,12 +512,25 @@ def recorder(path, part="test", most=2000):
 
 
 def choices(record):
-    """The settings above among others."""
-    for rate in (3e-5, 1e-4, 3e-4, 1e-3):
-        for method, ranks in (("loss metric", "own"), ("plain SVD", "equal")):
+    """The settings above among others: rows weighted or not, more vectors, other dampings, more texts; rates."""
+    first = statistics(0, True)
+
+    def both(name, known):
+        for kept in (0.7, 0.5):
+            record("loss metric", name, kept, 0, lambda kept=kept: allocated(known(), kept))
+
+    both("rows not weighted", lambda: statistics(0))
+    both("rows weighted", lambda: first)
+    for damping in (0.01, 0.5):
+        changed = {name: dataclasses.replace(each, damping=damping) for name, each in first.items()}
+        both(f"damping {damping}", lambda changed=changed: changed)
+    both("4 vectors", functools.cache(lambda: collected(texts["calibration 0"], True, 4)))
+    both("3 times the texts", lambda: statistics("0 + 1 + 2", True))
+    for rate in (1e-4, 3e-4, 1e-3, 3e-3):
+        for method, ranks in STARTS.items():
             start = functools.partial(balanced, method, ranks)
-            name = f"{ranks}, 30 steps, rate {rate}"
-            record(method, name, 0.5, 0, lambda start=start, rate=rate: distil(start(), 30, rate), count=500)
+            name = f"{ranks}, {STEPS // 4} steps, rate {rate}"
+            record(method, name, 0.5, 0, lambda start=start, rate=rate: distil(start(), rate, STEPS // 4))
 
 
 def main() -> None:
@@ -509,7 +544,7 @@ def main() -> None:
         with path.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(COLUMNS)
     for part in [choices] if options.validate else [PARTS[name] for name in options.parts]:
-        part(recorder(path, "validation" if options.validate else "test", options.queries))
+        part(recorder(path, *(("validation", 500) if options.validate else ("test", options.queries))))
 
 
 if __name__ == "__main__":

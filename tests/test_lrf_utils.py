@@ -644,6 +644,24 @@ def test_the_loss_metric_takes_logits_a_field_of_that_name_or_a_given_function()
     raises(ValueError, text + "(1, 40, 4)", lrf.collect, model, x[None], temperature=2)
 
 
+def test_rows_weighted_by_their_gradients_are_those_of_the_definition():
+    model, x = seeded(mlp), matrix(40, 6)
+    plain, found = (lrf.collect(model, x.split(7), temperature=1.0, weighted=each) for each in (False, True))
+    for name, rows in (("0", x), ("2", model[:2](x))):
+        rows = rows.detach().double()
+        gradients = [lrf.collect(model, one[None], [name], temperature=1.0)[name].metric for one in x]
+        weights = torch.stack([g.trace() for g in gradients])
+        weights *= len(x) / weights.sum()
+        assert found[name].rows == len(x) and found[name].inputs == len(x)
+        torch.testing.assert_close(found[name].row_sum, weights @ rows)
+        torch.testing.assert_close(found[name].outer_sum, rows.T @ (weights[:, None] * rows))
+        torch.testing.assert_close(found[name].gradient_sum, plain[name].gradient_sum)
+    text = "rows are weighted by their gradients, so give a temperature or a loss too"
+    raises(ValueError, text, lrf.collect, model, x, weighted=True)
+    dead = lambda output: [0 * output.sum()]  # noqa: E731
+    raises(ValueError, "gradients of the layer '0' are not all finite", lrf.collect, model, x, loss=dead, weighted=True)
+
+
 @pytest.mark.parametrize("attention", [False, True])
 def test_padding_that_a_mask_leaves_out_does_not_enter(attention):
     """Sequences of 5, 3 and 1 tokens in one batch, whose padding is large, are as good as one by one."""
