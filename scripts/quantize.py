@@ -60,10 +60,10 @@ def best_step(W, bits, importance=None, tries=80):
     return steps[left.argmin(0), torch.arange(len(W))]
 
 
-def gptq(W, C, bits, step=None):
+def gptq(W, C, bits, step=None, to=rounded):
     """Round column by column; what a column loses, the columns to its right make up for, as far as inputs let them.
 
-    C is the covariance of the inputs. The steps are those of plain rounding.
+    C is the covariance of the inputs. The steps are those of plain rounding, and so are the levels: ``to``.
 
     Source: Frantar, Ashkboos, Hoefler & Alistarh (2023), arXiv:2210.17323, without blocks.
     """
@@ -71,7 +71,7 @@ def gptq(W, C, bits, step=None):
     R = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(C)), upper=True)
     W, Q = W.clone(), torch.empty_like(W)
     for j in range(W.shape[1]):
-        Q[:, j] = rounded(W[:, j : j + 1], step, bits)[:, 0]
+        Q[:, j] = to(W[:, j : j + 1], step, bits)[:, 0]
         error = (W[:, j] - Q[:, j]) / R[j, j]
         W[:, j + 1 :] -= torch.outer(error, R[j, j + 1 :])
     return Q
@@ -324,8 +324,8 @@ def minilm():
     return compress_minilm
 
 
-def covariance(name):
-    return minilm().statistics(0)[name].covariance(centred=True, ridge=True)
+def covariance(name, weighted=False):
+    return minilm().statistics(0, weighted)[name].covariance(centred=True, ridge=True)
 
 
 def output_error(E, C):
@@ -333,15 +333,42 @@ def output_error(E, C):
     return ((E @ C) * E).sum().item()
 
 
+def rounded_to(W, grid, bits):
+    """The nearest of 2^bits levels. The grid is each row's step and its zero point, the place of 0 among the levels."""
+    step, zero = grid
+    return ((W / step + zero).round().clamp(0, 2**bits - 1) - zero) * step
+
+
+def best_grid(W, bits, importance, tries=17):
+    """For each row the step and the zero point of the least squared error, weighted as by ``best_step``.
+
+    Of three zero points: with one, 0 is between two levels, as in ``rounded``; with the others it is a level, and there
+    is one level more below it or above. A row of small weights and a few that are 30 times as large, as MiniLM has,
+    needs a level at 0. Else each small weight becomes half a step, which may be several times the weight.
+    """
+    half, largest = 2 ** (bits - 1), W.abs().amax(1, keepdim=True)
+    steps = [(share * largest / half).clamp(min=1e-7).half().to(W) for share in torch.linspace(1, 0.2, tries)]
+    grids = [(step, torch.full_like(step, zero)) for zero in (half - 0.5, half, half - 1) for step in steps]
+    best = torch.stack([(rounded_to(W, grid, bits) - W).square() @ importance for grid in grids]).argmin(0)
+    rows = torch.arange(len(W))
+    return tuple(torch.stack(parts)[best, rows] for parts in zip(*grids))
+
+
 def matrix_at(W, C, bits, how):
     if bits == 16:
         return W.half().to(W)
-    step = best_step(W, bits, C.diagonal(), tries=20)
-    return gptq(W, C, bits, step) if how == "GPTQ" else rounded(W, step, bits)
+    V, K = W.float(), C.float()
+    grid = best_grid(V, bits, K.diagonal())
+    if how == "nearest":
+        return rounded_to(V, grid, bits).to(W)
+    order = K.diagonal().argsort(descending=True)  # what matters most first: the columns after it can make up for it
+    Q = gptq(V[:, order], damped(K)[order][:, order], bits, grid, rounded_to)
+    return Q[:, order.argsort()].to(W)
 
 
 def matrix_bytes(W, bits):
-    return W.numel() * bits / 8 + (2 * len(W) if bits < 16 else 0)
+    """Packed codes, and for each row a step in 16 bits and a zero point in 8."""
+    return W.numel() * bits / 8 + (3 * len(W) if bits < 16 else 0)
 
 
 def pair_at(A, B, C, bits, how):
@@ -369,17 +396,19 @@ def layers(_):
     """Layer by layer, at equal bytes: rounding, GPTQ, pairs; what mends the error, and where the error sits."""
     record = recorder(nb.ROOT / "results" / "quantized_layers.csv", LAYERS)
     for name, W in minilm().WEIGHTS.items():
-        if int(name.split(".")[3]) != 2:
+        if int(name.split(".")[3]) not in (0, 2, 5):
             continue
         C = covariance(name)
         L = torch.linalg.cholesky(C)
         whole = output_error(W, C)
+        _, S, Vh = torch.linalg.svd(W @ L, full_matrices=False)
+        V = torch.linalg.solve(L, Vh, left=False)  # W @ L @ Vh.T @ V is W
 
-        def add(method, bits, Q, size, name=name, W=W, C=C, L=L, whole=whole):
+        def add(method, bits, Q, size, spread=False, W=W, C=C, L=L, whole=whole, name=name):
             def measure():
                 E = W - Q()
-                spread = [f"{100 * share_of_first(e):.2f}" for e in (E, E @ L)]
-                return round(size), f"{100 * output_error(E, C) / whole:.4f}", *spread
+                shares = [f"{100 * share_of_first(e):.2f}" if spread else "" for e in (E, E @ L)]
+                return round(size), f"{100 * output_error(E, C) / whole:.4f}", *shares
 
             record((name, method, bits), measure)
 
@@ -387,22 +416,21 @@ def layers(_):
             size = matrix_bytes(W, bits)
             for how in ("nearest", "GPTQ"):
                 Q = functools.cache(lambda how=how, bits=bits, W=W, C=C: matrix_at(W, C, bits, how))
-                add(how, bits, Q, size)
-                for space in ("SVD", "response PCA") if bits == 2 else ():
+                add(how, bits, Q, size, spread=True)
+                for space in ("SVD", "response PCA") if bits == 2 and ".layer.2." in name else ():
                     branch = size + 2 * 32 * sum(W.shape)
                     make = functools.partial(mended, W, name=name, space=space, rank=32)
                     add(f"{how} + {space} of rank 32", bits, lambda Q=Q, make=make: make(Q()), branch)
             for how, b in (("none", 16), ("nearest", 8), ("GPTQ", 4), ("GPTQ", 3)):
-                rank = int((size - 2 * len(W) * (b < 16)) / (sum(W.shape) * b / 8 + 2 * (b < 16)))
+                rank = int((size - 3 * len(W) * (b < 16)) / (sum(W.shape) * b / 8 + 3 * (b < 16)))
                 if 0 < rank <= min(W.shape):
-                    A, B, _ = minilm().factors("activations + bias")[name]
+                    A, B = W @ L @ Vh[:rank].T / S[:rank].sqrt(), S[:rank, None].sqrt() * V[:rank]
 
-                    def product(A=A[:, :rank], B=B[:rank], C=C, b=b, how=how):
+                    def product(A=A, B=B, C=C, b=b, how=how):
                         A, B = pair_at(A, B, C, b, how)
                         return A @ B
 
-                    stored = matrix_bytes(A[:, :rank], b) + matrix_bytes(B[:rank], b)
-                    add(f"low rank in {b} bits", bits, product, stored)
+                    add(f"low rank in {b} bits", bits, product, matrix_bytes(A, b) + matrix_bytes(B, b))
 
 
 def mended(W, Q, name, space, rank):
@@ -414,13 +442,13 @@ def mended(W, Q, name, space, rank):
     return Q + pair.weight.detach().half().double()
 
 
-def whole_model(matrices):
+def whole_model(matrices, weighted=False):
     """A copy of MiniLM with these weights; the biases make up for the mean of what is lost."""
     model = copy.deepcopy(minilm().dense)
     with torch.no_grad():
         for name, Q in matrices.items():
             layer, W = model.get_submodule(name), minilm().WEIGHTS[name]
-            layer.bias += (W - Q) @ minilm().statistics(0)[name].mean
+            layer.bias += (W - Q) @ minilm().statistics(0, weighted)[name].mean
             layer.weight.copy_(Q)
     return model
 
@@ -428,51 +456,48 @@ def whole_model(matrices):
 def retrieval(_):
     """Whole models: 500 queries of the test part among 500 definitions."""
     record = recorder(nb.ROOT / "results" / "quantized_minilm.csv", MINILM)
-    weights = minilm().WEIGHTS
+    weights, metric = minilm().WEIGHTS, "weighted metric"
 
-    @functools.cache
-    def flat(how, bits):
-        return {n: matrix_at(W, covariance(n), bits, how) for n, W in weights.items()}
+    def plain(how, bits):
+        size = sum(matrix_bytes(W, bits) for W in weights.values())
+        return {n: matrix_at(W, covariance(n), bits, how) for n, W in weights.items()}, size
 
     def pairs(kept, bits, how):
         products, size = {}, 0
-        for name, rank in minilm().ranks_of("loss metric", "own", kept).items():
+        for name, rank in minilm().ranks_of(metric, "own", kept).items():
+            C = covariance(name, weighted=True)
             if rank is None:
-                products[name] = matrix_at(weights[name], covariance(name), bits, how)
+                products[name] = matrix_at(weights[name], C, bits, how)
                 size += matrix_bytes(weights[name], bits)
             else:
-                A, B, _ = minilm().factors("loss metric")[name]
-                A, B = pair_at(A[:, :rank], B[:rank], covariance(name), bits, how)
+                A, B, _ = minilm().factors(metric)[name]
+                A, B = pair_at(A[:, :rank], B[:rank], C, bits, how)
                 products[name], size = A @ B, size + matrix_bytes(A, bits) + matrix_bytes(B, bits)
         return products, size
-
-    def add(method, bits, make):
-        def measure():
-            matrices, size = make()
-            ((_, places, cosine),) = minilm().retrieve(whole_model(matrices), "test", 500)
-            with gzip.open(nb.ROOT / "results" / "quantized_places.csv.gz", "at") as file:
-                file.write("\t".join([method, str(bits), " ".join(map(str, places.tolist()))]) + "\n")
-            return round(size), f"{(100 / places).mean().item():.3f}", f"{cosine:.4f}"
-
-        record((method, bits), measure)
-
-    def plain(how, bits):
-        return flat(how, bits), sum(matrix_bytes(W, bits) for W in weights.values())
 
     def branch(bits, rank):
         Q, size = plain("GPTQ", bits)
         both = {name: mended(W, Q[name], name, "loss metric", rank) for name, W in weights.items()}
         return both, size + 2 * sum(rank * sum(W.shape) for W in weights.values())
 
+    def add(method, bits, make, weighted=False):
+        def measure():
+            matrices, size = make()
+            ((_, places, cosine),) = minilm().retrieve(whole_model(matrices, weighted), "test", 500)
+            with gzip.open(nb.ROOT / "results" / "quantized_places.csv.gz", "at") as file:
+                file.write("\t".join([method, str(bits), " ".join(map(str, places.tolist()))]) + "\n")
+            return round(size), f"{(100 / places).mean().item():.3f}", f"{cosine:.4f}"
+
+        record((method, bits), measure)
+
     add("dense", 32, lambda: (weights, 4 * minilm().TOTAL))
-    for how, bits in (("GPTQ", 3), ("nearest", 4), ("nearest", 3), ("GPTQ", 4)):
-        add(how, bits, lambda how=how, bits=bits: plain(how, bits))
-    for kept, bits, how in ((0.5, 8, "nearest"), (0.75, 4, "GPTQ"), (0.5, 16, "none"), (0.5, 4, "GPTQ")):
-        add(f"low rank, {100 * kept:.0f} % of the weights", bits, lambda k=kept, b=bits, h=how: pairs(k, b, h))
-    for how in ("nearest", "GPTQ"):
-        add(how, 2, lambda how=how: plain(how, 2))
+    for bits in (3, 4, 2, 8):
+        for how in ("GPTQ", "nearest"):
+            add(how, bits, lambda how=how, bits=bits: plain(how, bits))
+    for kept, bits, how in ((0.5, 16, "none"), (0.5, 8, "nearest"), (0.75, 4, "GPTQ"), (0.5, 4, "GPTQ")):
+        method = f"low rank, {100 * kept:.0f} % of the weights"
+        add(method, bits, lambda k=kept, b=bits, h=how: pairs(k, b, h), weighted=True)
     add("GPTQ + loss metric of rank 4", 3, lambda: branch(3, 4))
-    add("GPTQ + loss metric of rank 16", 2, lambda: branch(2, 16))
 
 
 def files(_):

@@ -44,6 +44,34 @@ def test_importance_keeps_a_large_weight_whose_input_is_large(weight):
     assert (careful[:, 0] - 12).abs().max() < (plain[:, 0] - 12).abs().min()
 
 
+def test_a_row_of_small_weights_and_one_large_gets_a_level_at_0(weight):
+    W, importance = weight.clone(), torch.ones(40).double()
+    W[:6, 0], W[6:, 0], importance[0] = 40, -40, 1000
+    step, zero = grid = quantize.best_grid(W, 3, importance)
+    Q = quantize.rounded_to(W, grid, 3)
+    assert (zero[:6] == 3).all() and (zero[6:] == 4).all(), "one level more on the side of the large weight"
+    assert torch.equal(step.half().double(), step) and all(len(row.unique()) <= 8 for row in Q)
+    halves = quantize.rounded(W, quantize.best_step(W, 3, importance), 3)
+    assert ((Q - W).square() @ importance < 0.5 * (halves - W).square() @ importance).all()
+
+
+def test_a_grid_with_0_between_two_levels_is_that_of_rounded(weight):
+    step = quantize.best_step(weight, 3)
+    Q = quantize.rounded_to(weight, (step, 3.5), 3)
+    torch.testing.assert_close(Q, quantize.rounded(weight, step, 3))
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_a_matrix_of_large_inputs_and_weights_loses_less_by_gptq(weight, bits):
+    torch.manual_seed(1)
+    x = torch.randn(500, 10).double() @ torch.randn(10, 40).double() + 0.1 * torch.randn(500, 40)
+    x[:, 5] *= 20
+    W, C = weight.clone(), x.T @ x / len(x)
+    W[:2, 5] = 30
+    near, ours = (W - quantize.matrix_at(W, C, bits, how) for how in ("nearest", "GPTQ"))
+    assert quantize.output_error(ours, C) < quantize.output_error(near, C)
+
+
 def test_gptq_changes_outputs_less_and_weights_more(weight):
     torch.manual_seed(1)
     x = torch.randn(500, 10).double() @ torch.randn(10, 40).double() + 0.1 * torch.randn(500, 40)
