@@ -243,6 +243,14 @@ METHODS = {
         ("ASVD", "#9c755f", "X", "-."),
         ("SVD-LLM", RED, "d", "--"),
         ("weighted metric", "#006d2c", "X", "-"),
+        # bits, in lesson 11
+        ("low rank", BLUE, "P", "--"),
+        ("8 bits", "#8c7a00", "s", ":"),
+        ("4 bits", ORANGE, "^", ":"),
+        ("low rank, 8 bits", GREEN, "s", "-."),
+        ("low rank, 4 bits", PURPLE, "^", "--"),
+        ("rounded", "#8c6d31", "s", "-"),
+        ("GPTQ", "#c0392b", "v", "-"),
     )
 }
 

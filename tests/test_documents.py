@@ -48,6 +48,7 @@ def prose(markdown: str) -> str:
         r"\$[^$]*\$",
         r"\]\([^)]*\)",
         r"\*\*It takes\*\* under \d+ s",
+        r"(?m)^# \d+\. ",  # the lesson's number
         r"\b\d+\.\d+\.\d+\b",  # a version
     ):
         markdown = re.sub(pattern, " ", markdown, flags=re.DOTALL)

@@ -14,6 +14,9 @@ FROM_SCRIPTS = {"run_times.csv", "recovery.csv", "recovery_validation.csv"}
 FROM_SCRIPTS |= {"convolutions.csv", "convolutions_pairs.csv", "convolutions_validation.csv"}
 FROM_SCRIPTS |= {"kv_cache.csv", "kv_cache_validation.csv", "minilm.csv", "minilm_validation.csv"}
 FROM_SCRIPTS |= {"scale_svd.csv", "scale_engines.csv", "scale_memory.csv"}
+FROM_SCRIPTS |= {"runtime_pairs.csv", "runtime_bits.csv", "runtime_memory.csv"}
+FROM_SCRIPTS |= {"quantized_mnist.csv", "quantized_minilm.csv", "quantized_layers.csv"}
+FROM_SCRIPTS |= {"quantized_files.csv", "quantized_validation.csv"}
 TABLES = sorted({p.name for p in (ROOT / "results").glob("*.csv")} - FROM_SCRIPTS)
 TIMES = r"µs|\bms\b|seconds|speed-up|spread \(%\)"  # columns that hold times
 
