@@ -458,9 +458,9 @@ def retrieval(_):
     record = recorder(nb.ROOT / "results" / "quantized_minilm.csv", MINILM)
     weights, metric = minilm().WEIGHTS, "weighted metric"
 
-    def plain(how, bits):
+    def plain(how, bits, weighted=False):
         size = sum(matrix_bytes(W, bits) for W in weights.values())
-        return {n: matrix_at(W, covariance(n), bits, how) for n, W in weights.items()}, size
+        return {n: matrix_at(W, covariance(n, weighted), bits, how) for n, W in weights.items()}, size
 
     def pairs(kept, bits, how):
         products, size = {}, 0
@@ -498,6 +498,8 @@ def retrieval(_):
         method = f"low rank, {100 * kept:.0f} % of the weights"
         add(method, bits, lambda k=kept, b=bits, h=how: pairs(k, b, h), weighted=True)
     add("GPTQ + loss metric of rank 4", 3, lambda: branch(3, 4))
+    for bits in (2, 3):  # as the pairs: rows count as their squared gradients
+        add("GPTQ, weighted rows", bits, lambda bits=bits: plain("GPTQ", bits, weighted=True), weighted=True)
 
 
 def files(_):
