@@ -458,9 +458,9 @@ def retrieval(_):
     record = recorder(nb.ROOT / "results" / "quantized_minilm.csv", MINILM)
     weights, metric = minilm().WEIGHTS, "weighted metric"
 
-    def plain(how, bits):
+    def plain(how, bits, weighted=False):
         size = sum(matrix_bytes(W, bits) for W in weights.values())
-        return {n: matrix_at(W, covariance(n), bits, how) for n, W in weights.items()}, size
+        return {n: matrix_at(W, covariance(n, weighted), bits, how) for n, W in weights.items()}, size
 
     def pairs(kept, bits, how):
         products, size = {}, 0
@@ -494,10 +494,14 @@ def retrieval(_):
     for bits in (3, 4, 2, 8):
         for how in ("GPTQ", "nearest"):
             add(how, bits, lambda how=how, bits=bits: plain(how, bits))
-    for kept, bits, how in ((0.5, 16, "none"), (0.5, 8, "nearest"), (0.75, 4, "GPTQ"), (0.5, 4, "GPTQ")):
+    eight = [(kept, 8, "nearest") for kept in (0.5, 0.25, 0.75)]
+    four = [(kept, 4, "GPTQ") for kept in (0.75, 0.5)]
+    for kept, bits, how in ((0.5, 16, "none"), *eight, *four):
         method = f"low rank, {100 * kept:.0f} % of the weights"
         add(method, bits, lambda k=kept, b=bits, h=how: pairs(k, b, h), weighted=True)
     add("GPTQ + loss metric of rank 4", 3, lambda: branch(3, 4))
+    for bits in (2, 3):  # as the pairs: rows count as their squared gradients
+        add("GPTQ, weighted rows", bits, lambda bits=bits: plain("GPTQ", bits, weighted=True), weighted=True)
 
 
 def files(_):
