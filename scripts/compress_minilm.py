@@ -143,15 +143,15 @@ def mean_sizes():
 
 
 @functools.cache
-def fisher_rows():
-    """Of each row of a weight, the summed squared gradient, one text at a time; for FWSVD."""
+def fisher(outputs):
+    """Of each input of a weight, or output, the summed squared gradient, one text at a time; for FWSVD."""
     torch.manual_seed(0)
     sums, weights = dict.fromkeys(WEIGHTS, 0), [dense.get_submodule(name).weight for name in WEIGHTS]
     for batch, _ in batches(texts["calibration 0"][:100], size=1):
         (scalar,) = sketch(dense(**batch))
         for name, gradient in zip(WEIGHTS, torch.autograd.grad(scalar, weights)):
-            sums[name] = sums[name] + gradient.double().square().sum(1)
-    return sums
+            sums[name] = sums[name] + gradient.double().square().sum(1 if outputs else 0)
+    return {name: (each / each.mean()).clamp(min=1e-6).sqrt().diag() for name, each in sums.items()}
 
 
 # --- Methods: W_r = L⁻¹ [L W R]_r R⁻¹, each with an L and an R of its own ------------------------------------------
@@ -161,9 +161,10 @@ def scalings(method, name, draw):
     """L and R of one layer; None for the identity."""
     known, m = statistics(draw, method == "weighted metric")[name], len(WEIGHTS[name])
     left = right = None
-    if method == "FWSVD":
-        rows = fisher_rows()[name]
-        left = (rows / rows.mean()).clamp(min=1e-6).sqrt().diag()
+    if method == "FWSVD":  # whose weights are the transposed ones, inputs by outputs: its rows are our columns
+        right = fisher(outputs=False)[name]
+    if method == "FWSVD, outputs":
+        left = fisher(outputs=True)[name]
     if method == "ASVD":
         right = mean_sizes()[name].sqrt().diag()
     if method == "SVD-LLM":
@@ -370,7 +371,7 @@ def between(record):
 def published(record, ratios=(0.7, 0.5)):
     """The other methods, and ours, at equal ratios; and the loss metric whose rows are not weighted."""
     for kept in ratios:
-        for method in ("plain SVD", "SVD-LLM", "ASVD", "FWSVD", *CENTRED):
+        for method in ("plain SVD", "SVD-LLM", "ASVD", "FWSVD", "FWSVD, outputs", *CENTRED):
             row(record, method, "equal", kept)
         row(record, "loss metric", "own", kept)
 
