@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import pandas as pd
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -109,21 +108,7 @@ def eager(weights: list[torch.Tensor], x: torch.Tensor, copies: int = 1):
     return call
 
 
-def measure(calls, blocks: int, seconds: float) -> pd.DataFrame:
-    """As ``nb.measure``, in seconds that this thread computed: what others do on the machine counts less."""
-    for call in calls.values():
-        call()  # warms up
-    rows = []
-    for _ in range(blocks):
-        row = {}
-        for name, call in calls.items():
-            count, start = 0, time.thread_time()
-            while (spent := time.thread_time() - start) < seconds:
-                call()
-                count += 1
-            row[name] = spent / count
-        rows.append(row)
-    return pd.DataFrame(rows)
+measure = partial(nb.measure, clock=time.thread_time)  # what others do on the machine counts less
 
 
 @torch.no_grad()
