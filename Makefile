@@ -1,51 +1,51 @@
+# Each target sets up .venv first, when needed. NB picks notebooks by the start of their names:
+# `make run NB=03` runs lesson 3 and its solutions, `make test NB="0[1-4]"` tests lessons 1 to 4.
 PYTHON ?= python3
 BIN := .venv/bin
 ifeq ($(OS),Windows_NT)
 PYTHON := python
 BIN := .venv/Scripts
 endif
-READY := .venv/ready
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help run test check test-browser lab refresh faults mutation
+# Two processes of one thread each take less time than two of two, which wait for each other.
+export OMP_NUM_THREADS ?= 1
 
-help:     ## this list
-	@grep -E "^[a-z-]+: .*##" Makefile | sed -E "s/:[^#]*## /:	/"
+ifdef NB
+CHOSEN := $(wildcard notebooks/$(NB)*.ipynb notebooks/*/$(NB)*.ipynb)
+$(if $(CHOSEN),,$(error no notebook has a name that starts with $(NB)))
+endif
 
-run: $(READY)  ## execute every notebook in order; copies and HTML pages go to build/
-	$(BIN)/python scripts/run_notebooks.py
+.PHONY: help lab run test check refresh browser
 
-test: $(READY)  ## check every output, every figure and the helpers
-	$(BIN)/python -m pytest
+help:  ## this list
+	@grep -E "^[a-z]+:.*##" Makefile | sed -E "s/:[^#]*## /:	/"
 
-check: $(READY)  ## for contributors, in two minutes: style, documents, exercises and helpers, without running the notebooks
-	$(BIN)/python -m pip install --quiet ruff==0.17.6
+lab: .venv/ready  ## open the series in JupyterLab
+	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+
+run: .venv/ready  ## run every notebook; copies and web pages go to build/ (one lesson: NB=03)
+	$(BIN)/python -m tools.run_notebooks "$(NB)"
+
+test: .venv/ready-dev  ## run the notebooks again, compare every output, test the code (one lesson: NB=03)
+	$(PYTEST) $(CHOSEN)
+
+check: .venv/ready-dev  ## what needs no notebook to run: style and the tests of the code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
-test-browser: $(READY)  ## run the series in JupyterLab and look at GitHub's pages, in Chromium; screenshots go to build/browser/
-	$(BIN)/python -m pip install --quiet --editable .[browser]
-	$(BIN)/python -m pytest tests/browser
+refresh: .venv/ready-dev  ## for authors: rewrite the stored outputs, results and README (one lesson: NB=03)
+	$(BIN)/python -m tools.run_notebooks --in-place "$(NB)"
+	$(if $(NB),,$(BIN)/python -m tools.pictures)
+	$(BIN)/python -m tools.readme
 
-lab: $(READY)  ## open the series in JupyterLab
-	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/notebooks
+browser: .venv/ready-dev  ## run the notebooks in JupyterLab, in Chromium; screenshots go to build/browser/
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest tests/browser.py $(if $(NB),-k $(NB))
 
-refresh: $(READY)  ## for maintainers: make the committed outputs, solutions, figures, results and tables anew
-	$(BIN)/python scripts/write_badges.py
-	$(BIN)/python scripts/draw_concepts.py
-	$(BIN)/python scripts/write_solutions.py
-	$(BIN)/python scripts/run_notebooks.py --in-place
-	$(BIN)/python -m scripts.draw_readme
-	$(BIN)/python -m scripts.write_readme
+.venv/ready: pyproject.toml tools/set_up.py
+	@$(PYTHON) tools/set_up.py
 
-faults: $(READY)  ## plant one fault of each kind in a copy; the tests must catch them all
-	$(BIN)/python tests/plant_faults.py
-
-mutation: $(READY)  ## change the lrf_*.py line by line; the tests must notice
-	$(BIN)/python -m pip install --quiet mutmut
-	$(BIN)/python -m mutmut run
-	$(BIN)/python -m mutmut results
-
-# The script writes the stamp last, and begins a set-up that was cut off again.
-$(READY): pyproject.toml
-	@$(PYTHON) scripts/set_up.py
+.venv/ready-dev: pyproject.toml tools/set_up.py .pre-commit-config.yaml
+	@$(PYTHON) tools/set_up.py dev

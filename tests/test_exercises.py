@@ -1,89 +1,80 @@
-"""Each check accepts its solution and rejects wrong answers; the committed solutions are those of the TOML files.
-
-Every exercise runs from the lesson's ``setup`` cells alone, as it does for a reader who skips the rest.
-"""
+"""Each check accepts its solution and rejects wrong answers; solution and lesson ask the same."""
 
 import ast
+import re
 from functools import cache
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
-from scripts.write_solutions import LESSONS, has_tag, read_exercises, solution_notebook, solution_path
-
-plt.switch_backend("agg")
-
-EXERCISES = [
-    pytest.param(lesson, number, id=f"{lesson.stem}-{number}")
-    for lesson in LESSONS
-    for number in range(1, len(read_exercises(lesson)) + 1)
-]
+FOLDER = Path(__file__).parent
+SOLUTIONS = sorted((FOLDER.parent / "notebooks" / "solutions").glob("*.ipynb"))
+LESSONS = {path: path.parent.parent / path.name.replace("_solutions", "") for path in SOLUTIONS}
 
 
 @cache
-def set_up(lesson):
-    """The names that the lesson's cells with the tag ``setup`` define."""
-    names = {}
-    for cell in nbformat.read(lesson, as_version=4).cells:
-        if has_tag(cell, "setup"):
-            exec(cell.source, names)
-    return names
+def cells(path):
+    return nbformat.read(path, as_version=4).cells
 
 
-def functions_to_write(stub):
-    """The names of the functions in which the stub has dots for the answer."""
-    functions = [node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)]
-    return [function.name for function in functions if "..." in ast.unparse(function)]
+def exercises(path):
+    """For each exercise its question, the code that answers it (or has dots), and its check."""
+    tags = [cell.metadata.get("tags", []) for cell in cells(path)]
+    return [cells(path)[i - 1 : i + 2] for i in range(len(tags)) if "exercise" in tags[i]]
 
 
-@pytest.mark.parametrize(("lesson", "number"), EXERCISES)
-def test_check_gives_the_right_verdict(lesson, number, capsys):
-    exercise = read_exercises(lesson)[number - 1]
-
-    def verdict(*sources):
-        names = dict(set_up(lesson))
-        for source in sources:
-            exec(source, names)
-        capsys.readouterr()
-        exec(exercise.check.source, names)
-        return capsys.readouterr().out
-
-    stub = exercise.stub.source
-    assert verdict(stub) == "Not tried yet.\n", "a function to be written ends with return ..."
-    # Without the stub, since the published solution is the answer alone.
-    assert verdict(exercise.answer) == "Right.\n", "an answer is the whole stub, solved"
-    for name in functions_to_write(stub):
-        head = f"def {name}(*arguments, **options):\n    "
-        assert verdict(stub, head + "pass").startswith("Your function returned nothing. ")
-        assert verdict(stub, head + "return no_such_name").startswith("The check could not run (NameError: ")
-    assert len(set(exercise.wrong)) >= 6
-    for wrong in exercise.wrong:
-        assert verdict(stub, wrong).startswith(("Not yet. ", "Not yet (")), f"accepted:\n{wrong}"
+def set_up_code(path):
+    """The code before the first exercise."""
+    code = [cell for cell in cells(path) if cell.cell_type == "code"]
+    first = code.index(exercises(path)[0][1])
+    return "\n".join(cell.source for cell in code[:first])
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
-def test_lesson_ends_with_three_to_five_exercises(lesson):
-    cells = nbformat.read(lesson, as_version=4).cells
-    assert 3 <= len(read_exercises(lesson)) <= 5
-    assert sum(cell.source.startswith("### Exercise ") for cell in cells) == len(read_exercises(lesson))
-    checks = [cell for cell in cells if has_tag(cell, "check")]
-    assert len(checks) == len(read_exercises(lesson))
-    hidden = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in checks]
-    assert all(hidden), "a check gives its hint away: hide it in JupyterLab, with View, Collapse Selected Code"
+def wrong_answers(path):
+    """The cells of ``wrong_answers/NN_name.py``: the number of an exercise, and code."""
+    text = (FOLDER / "wrong_answers" / f"{LESSONS[path].stem}.py").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^# %% (\d+): .+\n", text, flags=re.MULTILINE)
+    return [(int(number), code) for number, code in zip(parts[::2], parts[1::2])]
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
-def test_solutions_are_what_the_lesson_and_its_toml_file_say(lesson):
-    def parts(notebook):
-        return [(cell.cell_type, cell.source, cell.metadata) for cell in notebook.cells]
-
-    committed = nbformat.read(solution_path(lesson), as_version=4)
-    assert parts(committed) == parts(solution_notebook(lesson)), "run make refresh"
-    shown = [[output.get("text") for output in cell.outputs] for cell in committed.cells if has_tag(cell, "check")]
-    assert shown == [["Right.\n"]] * len(shown)
+def functions(code):
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    return {ast.unparse(node) for node in ast.parse(code).body if isinstance(node, definitions)}
 
 
-def test_every_notebook_with_solutions_has_its_lesson():
-    folder = solution_path(LESSONS[0]).parent
-    assert sorted(folder.glob("*.ipynb")) == [solution_path(lesson) for lesson in LESSONS]
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_solutions_are_those_of_the_lesson(path):
+    pairs = list(zip(exercises(path), exercises(LESSONS[path]), strict=True))
+    assert 3 <= len(pairs) <= 5
+    for (question, answer, check), (asked, stub, lesson_check) in pairs:
+        assert question.source == asked.source.replace("### ", "## ", 1)
+        assert check.source == lesson_check.source
+        # the variables and the heads of functions in which the stub has dots
+        for name in re.findall(r"(?m)^def .+:$|^\w+(?= = \.\.\.$)", stub.source):
+            assert name in answer.source
+        hidden = [cell.metadata.jupyter.source_hidden for cell in (check, lesson_check)]
+        assert hidden == [True, True], "a check gives its hint away: View, Collapse Selected Code"
+        assert [output.text for output in check.outputs] == ["Right.\n"]
+    assert functions(set_up_code(path)) <= functions(set_up_code(LESSONS[path]))
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_checks_give_the_right_verdict(path, capsys):
+    set_up = {}
+    exec(set_up_code(path), set_up)
+    for number, (_, answer, check) in enumerate(exercises(path), start=1):
+        stub = exercises(LESSONS[path])[number - 1][1].source
+        wrong = [f"{stub}\n{code}" for n, code in wrong_answers(path) if n == number]
+        assert len(wrong) >= 3
+        for code in (stub, answer.source, *wrong):
+            names = dict(set_up)
+            exec(code, names)
+            capsys.readouterr()
+            exec(check.source, names)
+            verdict = capsys.readouterr().out
+            expected = {stub: "Not tried yet.\n", answer.source: "Right.\n"}
+            if code in expected:
+                assert verdict == expected[code]
+            else:
+                assert verdict.startswith(("Not yet. ", "Not yet (")), f"accepted:\n{code}"

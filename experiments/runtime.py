@@ -1,0 +1,212 @@
+"""Times and memory behind lesson 11, in PyTorch and in ONNX Runtime: results/runtime_*.csv.
+
+    python -m experiments.runtime [--parts pairs bits memory] [--out FOLDER]
+
+Three minutes on an idle thread. A speed-up is a ratio of the thread's computing times.
+
+``pairs``: a dense layer against its pair at rank d/16, with weights in the cache (hot) and not
+(cold). ``bits``: width 4096, low rank against 8 and 4 bits, cold, by batch. ``memory`` (only on
+Linux): what a process holds for eight layers, if the file has two products for each and if it has
+``A @ B``.
+"""
+
+import functools
+import itertools
+import logging
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import notebook_utils as nb
+from experiments.common import Table, parse
+from experiments.models import (
+    COLD,
+    cold,
+    eight_bits,
+    four_bits,
+    hot,
+    product,
+    weight_bytes,
+)
+
+QUARTILES = ["speed-up", "speed-up, lower quartile", "speed-up, upper quartile"]
+MEASURED = [*QUARTILES, "time (µs)", "dense (µs)"]
+
+
+def eager(weights: list[Tensor], x: Tensor, copies: int = 1) -> Callable[[], Tensor]:
+    """A function that multiplies in PyTorch, with another copy of the weights each time."""
+    cycle = itertools.cycle([[W.clone() for W in weights] for _ in range(copies)])
+
+    def call() -> Tensor:
+        y = x
+        for W in next(cycle):
+            y = F.linear(y, W)
+        return y
+
+    return call
+
+
+def speed_ups(calls: Mapping[str, Callable], **how: float) -> dict[str, dict[str, str]]:
+    """For each call but the first its row of MEASURED: speed-ups are over the first."""
+    # thread_time leaves out what other programs do on the machine
+    times = nb.measure(calls, clock=time.thread_time, **how)
+    dense = times.iloc[:, 0]
+    rows = {}
+    for name in times.columns[1:]:
+        ratios = (dense / times[name]).quantile([0.5, 0.25, 0.75])
+        values = [*ratios, 1e6 * times[name].median(), 1e6 * dense.median()]
+        rows[name] = {column: f"{value:.3f}" for column, value in zip(MEASURED, values)}
+    return rows
+
+
+def pairs(out: Path) -> None:
+    """A dense layer against its pair: in PyTorch and in the runtime, hot and cold."""
+    key = ["runtime", "width", "batch", "weights"]
+    table = Table(out / "runtime_pairs.csv", key + MEASURED, key)
+    for width, batch in itertools.product((256, 1024, 4096), (1, 32, 256)):
+        rank, x = width // 16, torch.randn(batch, width)
+        W, B, A = torch.randn(width, width), torch.randn(rank, width), torch.randn(width, rank)
+        layers = {"dense": [W], "pair": [B, A]}
+
+        def in_pytorch(weights: str, layers=layers, x=x) -> dict[str, str]:
+            calls = {}
+            for name, matrices in layers.items():
+                size = sum(4 * matrix.numel() for matrix in matrices)
+                calls[name] = eager(matrices, x, COLD // size + 1 if weights == "cold" else 1)
+            return speed_ups(calls, blocks=11, seconds=0.05)["pair"]
+
+        def in_onnx(weights: str, layers=layers, x=x) -> dict[str, str]:
+            make = {"hot": hot, "cold": cold}[weights]
+            graphs = {name: product(*(M.T.numpy() for M in Ms)) for name, Ms in layers.items()}
+            calls = {name: make(graph, x.numpy()) for name, graph in graphs.items()}
+            return speed_ups(calls, blocks=11, seconds=0.05)["pair"]
+
+        for weights in ("hot", "cold"):
+            for runtime, run in (("PyTorch", in_pytorch), ("ONNX Runtime", in_onnx)):
+                row = {"runtime": runtime, "width": width, "batch": batch, "weights": weights}
+                table.add(row, functools.partial(run, weights))
+
+
+def bit_models(width: int = 4096, rank: int = 256) -> dict[str, onnx.ModelProto]:
+    """One layer in every form that ``bits`` compares; its values cost no time, so are random."""
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((width, width), "float32")
+    B = rng.standard_normal((width, rank), "float32")
+    A = rng.standard_normal((rank, width), "float32")
+    dense, pair = product(W), product(B, A)
+    return {
+        "dense": dense,
+        "low rank": pair,
+        "8 bits": eight_bits(dense),
+        "4 bits": four_bits(dense),
+        "4 bits, inputs of 32": four_bits(dense, "32 bits"),
+        "low rank, 8 bits": eight_bits(pair),
+        "low rank, 4 bits": four_bits(pair),
+    }
+
+
+def bits(out: Path) -> None:
+    """Width 4096: the gain of 8 bits, 4 bits, rank 256 and both over dense, by batch, cold."""
+    columns = ["method", "batch", "weights (bytes)", "byte ratio", *MEASURED]
+    table = Table(out / "runtime_bits.csv", columns, key=["method", "batch"])
+    graphs = bit_models()
+    held = {name: weight_bytes(graph) for name, graph in graphs.items()}
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128):
+
+        @functools.cache  # all methods are timed in turn, so a batch makes all its rows at once
+        def times(batch: int = batch) -> dict[str, dict[str, str]]:
+            x = np.random.default_rng(1).standard_normal((batch, 4096), "float32")
+            calls = {name: cold(graph, x) for name, graph in graphs.items()}
+            return speed_ups(calls, blocks=11, seconds=0.05)
+
+        for name in list(graphs)[1:]:
+            row = {"method": name, "batch": batch, "weights (bytes)": held[name]}
+            row["byte ratio"] = f"{held['dense'] / held[name]:.3f}"
+            table.add(row, lambda name=name, times=times: times()[name])
+
+
+class Stack(nn.Module):
+    """Eight pairs of layers; ``joined`` multiplies the two matrices before they meet the input."""
+
+    def __init__(self, width: int, rank: int, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.pairs = nn.ModuleList()
+        for _ in range(8):
+            down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+            self.pairs.append(nn.Sequential(down, up))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for down, up in self.pairs:
+            x = F.linear(x, up.weight @ down.weight) if self.joined else up(down(x))
+        return x
+
+
+PROBE = r"""
+import re, sys
+import numpy as np, onnxruntime
+def private():
+    text = open("/proc/self/smaps_rollup").read()
+    return 1024 * sum(int(n) for n in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M))
+settings = onnxruntime.SessionOptions()
+settings.intra_op_num_threads, settings.log_severity_level = 1, 3
+before = private()
+session = onnxruntime.InferenceSession(sys.argv[1], settings, providers=["CPUExecutionProvider"])
+session.run(None, {"x": np.zeros((1, int(sys.argv[2])), "float32")})
+print(private() - before)
+"""  # a program of its own: nothing before it has left memory that could be used again
+
+
+def private_memory(joined: bool, width: int, rank: int) -> dict[str, str]:
+    """Of a process with eight layers, and the size of their weights in the file."""
+    torch.manual_seed(0)
+    stack = Stack(width, rank, joined).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/stack.onnx"
+        example = (torch.zeros(1, width),)
+        torch.onnx.export(stack, example, input_names=["x"], verbose=False).save(file)
+        size = weight_bytes(onnx.load(file))
+        command = [sys.executable, "-c", PROBE, file, str(width)]
+        values = [int(subprocess.check_output(command)) for _ in range(5)]
+    return {
+        "weights in the file (MB)": f"{size / 1e6:.3f}",
+        "private memory (MB)": f"{median(values) / 1e6:.3f}",
+    }
+
+
+def memory(out: Path, width: int = 2048, rank: int = 128) -> None:
+    """What a process holds, by what the file says: two products for each layer, or ``A @ B``."""
+    if platform.system() != "Linux":
+        print("memory: skipped, since private memory is read from /proc, which only Linux has")
+        return
+    columns = ["graph", "width", "rank", "weights in the file (MB)", "private memory (MB)"]
+    table = Table(out / "runtime_memory.csv", columns, key=["graph"])
+    for graph, joined in (("two products", False), ("A @ B", True)):
+        row = {"graph": graph, "width": width, "rank": rank}
+        table.add(row, functools.partial(private_memory, joined, width, rank))
+
+
+PARTS = {"pairs": pairs, "bits": bits, "memory": memory}
+
+
+def main() -> None:
+    options = parse(__doc__, PARTS)
+    # the quantizers advise a preparation that would change nothing here
+    logging.disable(logging.WARNING)
+    for part in options.parts:
+        PARTS[part](options.out)
+
+
+if __name__ == "__main__":
+    main()
