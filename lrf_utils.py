@@ -911,6 +911,8 @@ def rank_options(
     tied = _tied(model)
     layers = {name: _named_layer(model, name) for name in known if name not in tied}
     counted = {id(layer.weight) for layer in layers.values()}
+    if len(counted) < len(layers):
+        raise ValueError(f"some of {list(layers)} share a weight; give statistics of one")
     others = [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in counted]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""

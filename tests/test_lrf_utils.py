@@ -1498,3 +1498,11 @@ def test_from_pretrained_is_a_trap_and_load_factorized_is_not(tmp_path):
         empty = transformers.AutoModelForCausalLM.from_config(config).eval()
     right = lrf.load_factorized(empty, tmp_path / "factorized.safetensors")
     torch.testing.assert_close(right(ids).logits, small(ids).logits)
+
+
+def test_a_layer_under_two_names_is_not_counted_twice():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    statistics = lrf.collect_statistics(model, torch.randn(20, 8), ["0", "2"])
+    with pytest.raises(ValueError, match="share a weight"):
+        lrf.rank_options(model, statistics)
