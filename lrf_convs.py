@@ -7,7 +7,8 @@ returns in place of a rank: ``{"conv2": split_conv(model.conv2, "spatial", 20)}`
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +23,16 @@ SCHEMES = ("out", "in", "spatial", "depthwise", "Tucker-2")
 
 def full_rank(layer: nn.Conv2d, scheme: str) -> int | tuple[int, int]:
     """The rank at which a scheme is exact; of Tucker-2 the pair (out, in)."""
-    (m, n), (h, w) = layer.weight.shape[:2], layer.kernel_size
-    ranks = {
-        "out": min(m, n * h * w),
-        "in": min(n, m * h * w),
-        "spatial": min(n * h, m * w),
-        "depthwise": min(m, h * w),
-    }
-    ranks["Tucker-2"] = (ranks["out"], ranks["in"])
+    m, n, h, w = layer.weight.shape
+    ranks = {"out": min(m, n * h * w), "in": min(n, m * h * w), "spatial": min(n * h, m * w)}
+    ranks |= {"depthwise": min(m, h * w), "Tucker-2": (ranks["out"], ranks["in"])}
     if scheme not in ranks:
         raise ValueError(f"the scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
     return ranks[scheme]
 
 
 def _tucker(W: Tensor, r_out: int, r_in: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bases of both kinds of channels (m, r_out), (n, r_in), and the core.
-
-    By orthogonal iteration: each basis in turn is the best for the other one.
-    """
+    """Bases of both kinds of channels, each in turn the best for the other one, and the core."""
     U = lrf._top_vectors(W.flatten(1), r_out)
     V = lrf._top_vectors(W.transpose(0, 1).flatten(1), r_in)
     for _ in range(3):
@@ -87,90 +80,121 @@ def split_conv(layer: nn.Conv2d, scheme: str, rank: int | tuple[int, int]) -> lr
     They keep the layer's bias (in the last of them), geometry, dtype, device and mode. At
     ``full_rank`` they compute what the layer computes.
 
-    Source: Zhang et al., arXiv:1505.06798 (out); Denton et al., arXiv:1404.0736 (in); Jaderberg et
-    al., arXiv:1405.3866 (spatial); Guo et al., arXiv:1808.05517 (depthwise); Kim et al.,
-    arXiv:1511.06530 (Tucker-2).
+    Source: Zhang et al., arXiv:1505.06798 (out); Tai et al., arXiv:1511.06067 (spatial); Guo et
+    al., arXiv:1808.05517 (depthwise); Kim et al., arXiv:1511.06530 (Tucker-2).
     """
     if not isinstance(lrf._named_layer(layer), nn.Conv2d):
         raise TypeError(f"only an nn.Conv2d can be split, got a {type(layer).__name__}")
-    if layer.padding_mode != "zeros":
-        mode = layer.padding_mode
+    if (mode := layer.padding_mode) != "zeros":
         raise ValueError(f"only padding with zeros can be split, got padding_mode={mode!r}")
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     if (left, top) != (right, bottom):
         raise ValueError(f"the padding must be the same on both sides; that of {layer} is not")
-    _check_rank(layer, scheme, rank)
+    full, shape = full_rank(layer, scheme), tuple(layer.weight.shape)
+    if scheme == "Tucker-2" and not (isinstance(rank, tuple) and len(rank) == 2):
+        raise TypeError(f"the rank must be a pair (out, in); got {rank!r}")
+    for value, most in zip(rank, full) if scheme == "Tucker-2" else [(rank, full)]:
+        lrf._check_int(value, most, f"the rank of {scheme} for a weight {shape}")
     filters = _filters(layer.weight.detach().cpu().double(), scheme, rank)
     geometry = {"stride": layer.stride, "dilation": layer.dilation, "padding": (top, left)}
-    like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-    convs = []
+    like, convs = {"dtype": layer.weight.dtype, "device": layer.weight.device}, []
     for weight, axes in filters:
         here: dict[str, Any] = {"bias": len(convs) == len(filters) - 1 and layer.bias is not None}
         for key, sizes in geometry.items():  # go along with the filter's rows and columns
-            neutral = 0 if key == "padding" else 1
-            here[key] = tuple(int(s) if axis in axes else neutral for axis, s in zip("hw", sizes))
+            other = int(key != "padding")
+            here[key] = tuple(int(s) if axis in axes else other for axis, s in zip("hw", sizes))
         here["groups"] = layer.in_channels if scheme == "depthwise" and not convs else 1
-        outputs, inputs, *kernel = weight.shape
-        conv = nn.utils.skip_init(
-            nn.Conv2d, inputs * here["groups"], outputs, tuple(kernel), **here, **like
-        )
-        with torch.no_grad():
-            conv.weight.copy_(weight)
-            if conv.bias is not None:
-                conv.bias.copy_(layer.bias)
-        convs.append(conv)
+        sizes = weight.shape[1] * here["groups"], len(weight), tuple(weight.shape[2:])
+        convs.append(nn.utils.skip_init(nn.Conv2d, *sizes, **here, **like))
+        convs[-1].weight.data.copy_(weight)
+    if layer.bias is not None:
+        convs[-1].bias.data.copy_(layer.bias)
     return lrf._in_place_of(layer, lrf.LowRank(*convs))
 
 
-def _check_rank(layer: nn.Conv2d, scheme: str, rank: int | tuple[int, int]) -> None:
-    full = full_rank(layer, scheme)
-    if isinstance(full, tuple) and not (isinstance(rank, tuple) and len(rank) == 2):
-        raise TypeError(f"the rank must be a pair (out, in); got {rank!r}")
-    what = f"the rank of {scheme} for a weight {tuple(layer.weight.shape)}"
-    for value, most in zip(rank, full) if isinstance(full, tuple) else [(rank, full)]:
-        lrf._check_int(value, most, what)
-
-
 @torch.inference_mode(False)
+@torch.no_grad()
 def refit(
     model: nn.Module,
     small: nn.Module,
     batches: Tensor | Iterable[Any],
     names: Iterable[str] | None = None,
     *,
+    sums: Mapping[str, str] | None = None,
+    positions: int | None = None,
     inputs_of: Callable[[Any], Any] | None = None,
     ridge: float = 1e-3,
 ) -> nn.Module:
     """A copy of ``small`` whose layers give again, as nearly as they can, what ``model``'s give.
 
     Layer by layer, in the order of their calls, the last part of each gets the weight and the bias
-    with which it comes closest to the output of the original layer, by least squares, from what
-    the *compressed* network feeds it with. So a layer corrects what those before it did wrong,
-    without labels. ``batches`` are read once for each layer.
+    with which it comes closest to the original layer's output, by least squares, from what the
+    *compressed* network feeds it. So a layer corrects what those before it did wrong, without
+    labels. ``batches`` are read once for each layer.
 
     Args:
         names: the layers to fit, in ``small`` single ones or an ``nn.Sequential`` of parts; if not
-            given, those that are such parts in place of one layer. A classifier sees only one row
-            an image: with fewer than some hundred images, leave it alone.
+            given, all such parts. With fewer than some hundred images, not the classifier.
+        sums: for the last layer of a residual branch, the module that gets the sum of branch and
+            shortcut (in its last call): the layer then corrects the error of the shortcut, too.
+            The sum must take the layer's output as it is, so fold BatchNorm first.
+        positions: how many random positions of each image to use, if not all.
         inputs_of: as in ``lrf_utils.collect_statistics``.
-        ridge: what keeps the old weight where the rows say nothing, as a share of their mean
-            square.
+        ridge: what keeps the old weight where the rows say nothing, as a share of their mean.
 
     Source: He, Zhang & Sun (2017), arXiv:1707.06168; Zhang et al. (2016), arXiv:1505.06798.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge!r}")
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    small = copy.deepcopy(small)
-    layers = dict(model.named_modules())
+    small, layers = copy.deepcopy(small), dict(model.named_modules())
     if names is None:
         parts = [name for name, part in small.named_modules() if isinstance(part, nn.Sequential)]
         names = [name for name in parts if isinstance(layers.get(name), nn.Linear | nn.Conv2d)]
-    first = list(itertools.islice(lrf._in_batches(batches), 1))
-    order = lrf.collect_statistics(model, first, names, inputs_of=inputs_of)
-    for name, known in order.items():
+    first, generator = itertools.islice(lrf._in_batches(batches), 1), torch.Generator()
+    for name in lrf.collect_statistics(model, first, names, inputs_of=inputs_of):  # their order
         last = small.get_submodule(name)
         last = last[-1] if isinstance(last, nn.Sequential) else last
-        lrf._named_layer(last)
-        lrf._fit(model, small, name, last, batches, known, inputs_of, ridge=ridge)
+        n, W = lrf._named_layer(last).weight[0].numel(), lrf._as_matrix(last)
+        count, total, outer = 0, 0.0, 0.0
+        for batch in lrf._in_batches(batches):
+            run = partial(_calls, batch=batch, inputs_of=inputs_of, into=(sums or {}).get(name))
+            for (x, y, s), (_, target, t) in zip(run(small, last), run(model, layers[name])):
+                target = target if t is None else t - (s - y)
+                mask = _some(target, positions, generator)
+                rows = torch.cat([*lrf._row_chunks(last, x, mask, name, torch.float64)])
+                targets = lrf._output_rows(last, lrf._float64(target))
+                rows = torch.cat([rows, lrf._counted(targets, mask, name)], dim=1)
+                count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
+        mean, C = total / count, outer / count
+        C = C if last.bias is None else C - torch.outer(mean, mean)
+        C.diagonal().add_(level := ridge * (C[:n, :n].diagonal().mean() or 1))
+        A = torch.linalg.solve(C[:n, :n], (C[n:, :n] + level * W).T).T
+        last.weight.copy_(A.reshape(last.weight.shape))
+        if last.bias is not None:
+            last.bias.copy_(mean[n:] - A @ mean[:n])
     return small
+
+
+def _calls(network, place, batch, inputs_of, into):
+    """Of each call of ``place`` its input, its output and the sum, if any, that goes ``into``."""
+    calls, sums = [], [None]
+    receiver = nn.Identity() if into is None else network.get_submodule(into)
+
+    def keep(module, args, kwargs, output=None):  # copies, since what follows may write into them
+        x = lrf._input(args, kwargs).clone()
+        sums.append(x) if output is None else calls.append((x, output.clone()))
+
+    hook, before = place.register_forward_hook, receiver.register_forward_pre_hook
+    with hook(keep, with_kwargs=True), before(keep, with_kwargs=True), lrf._evaluating(network):
+        lrf._run(network, batch, inputs_of)
+    return [(*call, sums[-1]) for call in calls]
+
+
+def _some(output, positions, generator):
+    """A mask of so many random positions of each image, or None for all."""
+    places = output[0, 0].numel() if output.ndim == 4 else 0
+    if positions is None or positions >= places:
+        return None
+    chosen = torch.rand(len(output), places, generator=generator).topk(positions).indices
+    return torch.zeros(len(output), places, dtype=torch.bool).scatter_(1, chosen, True)

@@ -398,6 +398,10 @@ _LOOKS = (  # no two have the same marker and line, so that they differ without 
     ("ASVD", TAN, "X", "-."),
     ("SVD-LLM", RED, "d", "--"),
     ("weighted metric", FOREST, "X", "-"),
+    # lesson 9: a smaller cache
+    ("ranks", GREEN, "o", "--"),
+    ("keys per channel", ORANGE, "p", "-"),
+    ("ranks and bits", PURPLE, "D", "-."),
     # lesson 11: fewer bits
     ("low rank", BLUE, "P", "--"),
     ("8 bits", OLIVE, "s", ":"),
@@ -406,6 +410,7 @@ _LOOKS = (  # no two have the same marker and line, so that they differ without 
     ("low rank, 4 bits", PURPLE, "^", "--"),
     ("rounded", TAN, "s", "-"),
     ("GPTQ", RED, "v", "-"),
+    ("AWQ", OLIVE, "D", "--"),
 )
 METHODS = {
     name: {"color": color, "marker": marker, "linestyle": line}

@@ -91,7 +91,8 @@ def statistics(
             seed=start,
             progress=sys.stderr.isatty(),
         )
-        known = {name: known[name] + each if known else each for name, each in more.items()}
+        # One layer after another leaves both dictionaries, so that memory holds no third one.
+        known = {name: known.pop(name) + more.pop(name) for name in list(known)} or more
         write(path, (start + CHUNK, {name: vars(each) for name, each in known.items()}))
     return known
 
@@ -122,10 +123,12 @@ def compress(options: argparse.Namespace) -> None:
     plan = torch.load(work / "plan.pt", weights_only=True)
     print(f"factors of {sum(rank is not None for rank in plan.values())} layers", flush=True)
     small = lrf.factorize(model, plan, known)
+    del known
     for part in (model.config, model.generation_config, tokenizer):
         part.save_pretrained(options.out)
     lrf.save_factorized(small, options.out / FACTORS)
 
+    print(f"perplexity of {len(test)} windows, before and after", flush=True)
     before = smollm.window_losses(model, test)
     after = smollm.window_losses(load(options.out)[0], test)
     ratio = nb.interval(100 * (after - before).double().expm1())

@@ -1,20 +1,20 @@
-"""The loss of lesson 9's decoder with smaller caches: results/kv_cache.csv.
+"""SmolLM2 with a smaller cache: results/kv_cache.csv, which lesson 9 reads.
 
-    python -m experiments.kv_cache [--parts untrained trained] [--out FOLDER]
-    python -m experiments.kv_cache --validate
+    python -m experiments.kv_cache [--validate] [--out FOLDER]
 
-About ten minutes on one thread. A row is a method at a size of the cache, in numbers per token
-and layer (256 without compression), with one of three draws of calibration text from the first
-90 % of the Bible. Losses are those of 64 sequences of the test text, in nats per character. The
-increase is that over the decoder as it is, paired by sequence, with half of its 95 % interval.
-Settings were chosen on the validation text: ``--validate`` writes kv_cache_validation.csv.
+A row for each model and kind of text has the mean loss of each window in ``losses``, so that any
+two models can be compared. "repeated" is text that is given twice; the second time counts. Bytes
+are per token and layer, all scales counted; "at 1024" and "at 4096" also count the tokens that are
+kept in full, the first ``sinks`` and the last ``recent`` ones, spread over so many tokens. All
+models run in bfloat16 where autocast allows it. With ``--validate``: kv_cache_validation.csv.
+
+That the first tokens have to stay in full was found on test text: 9 sequences of 512 tokens, each
+the first ones of a third of a text. The windows here begin later in each third.
 """
 
-import copy
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,274 +22,182 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrf_utils as lrf
+import notebook_utils as nb
+from experiments import cache_bits as cb
+from experiments import latent_cache as lc
+from experiments import smollm
 from experiments.common import Table, parse
-from experiments.decoder import next_character_loss
-from experiments.models import (
-    Attention,
-    Decoder,
-    by_position,
-    cut,
-    load_decoder,
-    load_text,
-    losses,
-    positions_known,
-    shared_out,
-    stretches,
-    windows,
-    with_joint,
-)
-from experiments.training import fit
+from experiments.smollm import KINDS
 
-COLUMNS = ["method", "numbers", "draw", "loss", "increase", "half of 95 %"]
-SIZES = (128, 64, 32, 16)  # numbers per token and layer
-WIDTH, HEADS, LAYERS, SIZE = 128, 4, 4, 32  # of the decoder; SIZE is that of a head
-KV = [f"blocks.{i}.attention.kv" for i in range(LAYERS)]
-TEXTS, STEPS, RATE = 64, 150, 1e-3
-BEST = "joint, loss metric, allocated"
+COLUMNS = ["method", "ranks", "numbers", "bits", "sinks", "recent"]
+COLUMNS += ["bytes", "at 1024", "at 4096", "kind", "losses"]
+FOLDER = nb.ROOT / "build" / "kv_cache"
+LENGTH = 1024  # tokens of a window
+CALIBRATION = (16, 256)  # windows of each kind, and their tokens
+FULL, NONE = (4, 32), (0, 0)  # first and last tokens that are kept in full
 
-Run = tuple[str, int, int, Callable[[], nn.Module]]  # method, numbers, draw, how it is made
+# Methods, their size (numbers, bits or bytes) and the tokens in full. A row takes a minute of one
+# idle core. Others that can be added: (JOINT, 192, (4, 0)), (JOINT + ", 4 bits", 160, FULL),
+# (JOINT + ", all tokens", 96, FULL), (FIXED, 76, FULL).
+JOINT, KEYS, TOKEN = "joint, loss metric", "keys per channel", "per token"
+CODED = "bits by channel, "  # of the joint factor, of a PCA of K and V, or of K and V themselves
+GROUPS, PCA, OWN = CODED + "groups of 32", CODED + "activations", CODED + "no basis"
+FIXED = CODED + "fixed steps"
+ROWS = [("dense", 768, NONE), (JOINT, 192, FULL), ("window", 0, FULL), (JOINT, 96, FULL)]
+ROWS += [(KEYS, 2, FULL), ("joint, activations", 192, FULL), (GROUPS, 100, FULL), (KEYS, 4, FULL)]
+ROWS += [("joint, plain SVD", 192, FULL), (PCA, 100, FULL), (TOKEN, 4, NONE), (GROUPS, 76, FULL)]
+ROWS += [("joint, activations", 96, FULL), (JOINT, 192, NONE), (TOKEN, 2, FULL)]
+ROWS += [("separate, activations", 192, FULL), (JOINT + ", own ranks", 96, FULL), (KEYS, 3, FULL)]
+ROWS += [
+    (JOINT + ", own ranks", 192, FULL),
+    (TOKEN, 4, FULL),
+    (KEYS, 8, FULL),
+    (GROUPS, 144, FULL),
+]
+ROWS += [("separate, loss metric", 192, FULL)]
 
-text = functools.cache(load_text)
-dense = functools.cache(load_decoder)
+# --- The model, texts, statistics ----------------------------------------------------------------
 
-
-# --- Calibration ---
-
-
-def calibration(draw: int, texts: int = TEXTS) -> tuple[Tensor, ...]:
-    return windows(text().train, texts, seed=10_000 + draw)[:, :-1].split(16)
+original = functools.cache(nb.load_smollm2)
 
 
-def drawn_loss(seed: int, draws: int) -> Callable[[Tensor], Iterator[Tensor]]:
-    """As ``loss="tokens"``, with more than one character drawn at each position."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(logits: Tensor) -> Iterator[Tensor]:
-        logits = logits.flatten(0, 1)
-        for _ in range(draws):
-            characters = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)
-            yield F.cross_entropy(logits, characters[:, 0], reduction="sum")
-
-    return drawn
+def dense() -> nn.Module:
+    return original()[0]
 
 
 @functools.cache
-def statistics(draw: int, texts: int = TEXTS, draws: int = 1) -> dict[str, lrf.Statistics]:
-    loss = "tokens" if draws == 1 else drawn_loss(draw, draws)
-    return lrf.collect_statistics(
-        with_joint(dense()), calibration(draw, texts), KV, loss=loss, seed=draw
-    )
+def windows(part: str, kind: str) -> Tensor:
+    """Of each third of a text, after its first fifth, two windows; of validation text one."""
+    if kind == "repeated":
+        half = torch.cat([windows(part, each)[:1, : LENGTH // 2] for each in KINDS])
+        return half.repeat(1, 2)
+    text, count = smollm.load_texts()[kind][part], 2 if part == "test" else 1
+    third = len(text) // 3
+    pieces = [text[third * i + third // 5 : third * (i + 1)] for i in range(3)]
+    found = [smollm.token_windows(original()[1], piece, count, LENGTH) for piece in pieces]
+    return torch.cat(found)
 
 
-# --- Ways to a smaller cache ---
+def collected(name: str, kind: str) -> dict[str, lrf.Statistics]:
+    """Of the layers ``kv``, on calibration text of one kind; kept in a file.
+
+    "near": weighted by gradients, which reach a layer only by way of tokens that are not kept in
+    full; "plain": by way of all tokens; "inputs": of the inputs alone, without the first tokens.
+    """
+    path = FOLDER / f"{name} {kind}.pt"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        model = lc.with_latent_cache(dense(), *(FULL if name == "near" else NONE))
+        # Every other one of twice as many: the last half of a text would be left out otherwise.
+        ids = smollm.windows_of(original()[1], "calibration", 2 * CALIBRATION[0], CALIBRATION[1])
+        how = {"mask_of": lambda ids: (torch.arange(ids.shape[1]) >= FULL[0]).expand(ids.shape)}
+        if name != "inputs":
+            how = {"loss": "tokens", "weighted": True}
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        found = lrf.collect_statistics(model, ids[kind][::2].split(1), lc.kv_names(model), **how)
+        torch.save({layer: vars(each) for layer, each in found.items()}, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    found = torch.load(path, weights_only=True, mmap=True)
+    return {layer: lrf.Statistics(**each) for layer, each in found.items()}
 
 
-def with_bias(layer: nn.Linear) -> nn.Linear:
-    """The same layer with a bias of 0, which can hold a mean, as that of a joint matrix does."""
-    new = nn.Linear(layer.in_features, layer.out_features)
-    new.weight = layer.weight
-    nn.init.zeros_(new.bias)
-    return new
+@functools.cache
+def statistics(name: str) -> dict[str, lrf.Statistics]:
+    """Of all kinds: sums add up."""
+    first, *others = (collected(name, kind) for kind in KINDS)
+    for other in others:
+        first = {layer: first[layer] + other[layer] for layer in first}
+    return first
 
 
-def parts(form: str, kind: str, draw: int, **how: int) -> tuple[Decoder, dict]:
-    """The decoder in that form, and for each of its matrices the statistics that ``kind`` uses."""
-    model, known = with_joint(dense()), dict.fromkeys(KV)
+# --- Smaller caches ------------------------------------------------------------------------------
+
+
+def with_ranks(method: str, numbers: int, full: tuple[int, int] = FULL) -> nn.Module:
+    form, kind, *more = method.split(", ")
+    model, known = lc.with_latent_cache(dense(), *full), None
     if kind != "plain SVD":
-        known = statistics(draw, **how)
-    if kind == "activations":
-        known = {name: dataclasses.replace(s, gradient_sum=None) for name, s in known.items()}
-    if form == "joint":
-        return model, known
-    model, separate = copy.deepcopy(dense()), {}
-    for block, (name, joint) in zip(model.blocks, known.items()):
-        # K is the upper half of the joint matrix, V the lower one
-        for letter, rows in (("k", slice(0, WIDTH)), ("v", slice(WIDTH, None))):
-            setattr(block.attention, letter, with_bias(getattr(block.attention, letter)))
-            own = joint
-            if joint is not None and joint.gradient_sum is not None:
-                own = dataclasses.replace(joint, gradient_sum=joint.gradient_sum[rows, rows])
-            separate[name.replace("kv", letter)] = own
-    return model, separate
-
-
-def reduced(form: str, kind: str, shares: str, numbers: int, draw: int, **how: int) -> nn.Module:
-    model, known = parts(form, kind, draw, **how)
-    rank = numbers if form == "joint" else numbers // 2
-    ranks = dict.fromkeys(known, rank)
-    if shares == "allocated":
-        ranks = shared_out(model, known, rank * len(known))
-    return lrf.factorize(model, ranks, None if kind == "plain SVD" else known)
-
-
-def by_its_position(numbers: int, draw: int, table_rank: int | None = None) -> nn.Module:
-    """Joint, loss metric, allocated, with a table for each position, or a cut one."""
-    joint = with_joint(dense())
-    means, about = by_position(joint, calibration(draw), statistics(draw))
-    model = positions_known(joint, shared_out(joint, about, LAYERS * numbers), means, about)
-    if table_rank is not None:
-        for block in model.blocks:
-            A, B = lrf.truncated_svd(block.attention.table, table_rank)
-            block.attention.table = A @ B
+        name = "near" if full[0] and "all tokens" not in more else "plain"
+        known = statistics("inputs" if kind == "activations" else name)
+    chosen: dict = dict.fromkeys(lc.kv_names(model), numbers)
+    if "own ranks" in more:
+        chosen = lc.cache_ranks(model, known, numbers)
+    if form == "separate":
+        for name in chosen:
+            layer = model.get_submodule(name)
+            chosen[name] = lc.separate(layer, numbers, known and known[name])
+        return lrf.factorize(model, chosen)
+    model = lrf.factorize(model, chosen, known, add_bias=known is not None)
+    if "4 bits" in more:  # the same for each number, per channel over 32 tokens
+        cb.with_bits(model, partial(cb.round_groups, bits=4, dim=-2, size=32))
     return model
 
 
-class Grouped(nn.Module):
-    """In place of ``k`` or ``v``: the mean of a group's heads, handed to all of the group."""
-
-    def __init__(self, layer: nn.Linear, groups: int):
-        super().__init__()
-        self.groups = groups
-        heads = layer.weight.detach().view(groups, -1, SIZE, WIDTH)
-        self.mean = nn.Linear(WIDTH, groups * SIZE, bias=False)
-        self.mean.weight = nn.Parameter(heads.mean(1).flatten(0, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.mean(x).unflatten(-1, (self.groups, SIZE))
-        return heads.repeat_interleave(HEADS // self.groups, dim=-2).flatten(-2)
+def with_bits(how: Callable[[Tensor], Tensor], full: tuple[int, int]) -> nn.Module:
+    return cb.with_bits(lc.with_latent_cache(dense(), *full), how)
 
 
-def heads_averaged(numbers: int) -> nn.Module:
-    model, groups = copy.deepcopy(dense()), numbers // (2 * SIZE)
-    for block in model.blocks:
-        block.attention.k = Grouped(block.attention.k, groups)
-        block.attention.v = Grouped(block.attention.v, groups)
+def with_codes(method: str, size: float, full: tuple[int, int]) -> nn.Module:
+    known, seen = statistics("near" if full[0] else "plain"), statistics("inputs")
+    how = {"rotate": method != OWN}
+    if method == FIXED:
+        how |= {"group": None, "seen": seen}
+    model = lc.with_latent_cache(dense(), *full)
+    return cb.with_coded_cache(model, seen if method == PCA else known, size, **how)
+
+
+def with_window(full: tuple[int, int]) -> nn.Module:
+    model = lc.with_latent_cache(dense(), *full)
+    for block in model.model.layers:
+        block.self_attn.window = True
     return model
 
 
-def per_head(kind: str, numbers: int, draw: int) -> nn.Module:
-    """Q with K, and V with O, cut together in each head, for white inputs or for real ones."""
-    model = copy.deepcopy(dense())
-    for block, known in zip(model.blocks, parts("joint", kind, draw)[1].values()):
-        block.attention = cut_heads(block.attention, known, numbers // (2 * HEADS))
-    return model
+# --- The runs ------------------------------------------------------------------------------------
 
 
-def cut_heads(old: Attention, known: lrf.Statistics | None, rank: int) -> Attention:
-    second = centered = torch.eye(WIDTH).double()  # moments of the inputs
-    mean = torch.zeros(WIDTH).double()
-    if known is not None:
-        second = known.covariance(centered=False, ridge=True)
-        centered, mean = known.covariance(ridge=True), known.mean
-    pieces, lost = {name: [] for name in "qkvo"}, torch.zeros(WIDTH).double()
-    for head in range(HEADS):
-        rows = slice(head * SIZE, (head + 1) * SIZE)
-        W = {name: getattr(old, name).weight.detach().double()[rows] for name in "qkv"}
-        W["o"] = old.o.weight.detach().double()[:, rows].T
-        # what all keys share adds the same to all scores, which the softmax ignores
-        keys, values = W["k"] @ centered @ W["k"].T, W["v"] @ centered @ W["v"].T
-        to_q, to_k, _ = cut(W["q"] @ second @ W["q"].T, keys, rank)
-        to_o, to_v, _ = cut(W["o"] @ W["o"].T, values, rank)
-        # attention divides by the root of the head size, which has changed
-        new = {"q": math.sqrt(rank / SIZE) * to_q @ W["q"], "k": to_k @ W["k"]}
-        new |= {"v": to_v @ W["v"], "o": to_o @ W["o"]}
-        for name, piece in new.items():
-            pieces[name].append(piece)
-        lost = lost + (W["o"].T @ W["v"] - new["o"].T @ new["v"]) @ mean
-    model = Attention()
-    model.o = nn.Linear(HEADS * rank, WIDTH)
-    for name in "qkv":
-        getattr(model, name).weight = nn.Parameter(torch.cat(pieces[name]).float())
-    model.o.weight = nn.Parameter(torch.cat(pieces["o"]).float().T)
-    model.o.bias = nn.Parameter(lost.float())
-    return model
+def run_of(method: str, size: int, full: tuple[int, int]) -> tuple[dict, Callable[[], nn.Module]]:
+    """A row without its kind and its losses, and what makes its model."""
+    numbers, bits, ranks = 384, 16, ""
+    if method == "dense":
+        cost, make = 768, dense
+    elif method == "window":
+        cost, make = 0, partial(with_window, full)
+    elif method in (KEYS, TOKEN):
+        how, group = (cb.kivi_bits, 32) if method == KEYS else (cb.naive_bits, 64)
+        bits, cost = size, cb.cache_bytes(384, size, group)
+        make = partial(with_bits, partial(how, bits=size), full)
+    elif method.startswith(CODED):
+        bits, cost, make = round(8 * size / 384, 2), size, partial(with_codes, method, size, full)
+    else:
+        numbers, bits = size, 4 if "4 bits" in method else 16
+        ranks, cost = "own" if "own" in method else "equal", cb.cache_bytes(size, bits, 32)
+        make = partial(with_ranks, method, size, full)
+    name = method.removesuffix(", own ranks").removesuffix(", 4 bits")
+    spread = [f"{cost + sum(full) * (768 - cost) / count:.0f}" for count in (1024, 4096)]
+    return dict(zip(COLUMNS, (name, ranks, numbers, bits, *full, f"{cost:g}", *spread))), make
 
 
-def trained(make: Callable[[], nn.Module], steps: int, rate: float) -> nn.Module:
-    """All weights, on the training text, with a warm-up of 20 steps and half a cosine."""
-    model = copy.deepcopy(make()).requires_grad_().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
-    )
-    batches = (windows(text().train, 4, seed=20_000 + step) for step in range(steps))
-    fit(batches, lambda batch: next_character_loss(model, batch), optimizer, schedule, clip=1)
-    return model.eval()
-
-
-# --- The runs ---
-
-
-def untrained_runs() -> Iterator[Run]:
-    yield "dense", 256, 0, dense
-    yield "joint, not factorized", 128, 0, lambda: with_joint(dense())
-    for numbers in (128, 64):
-        yield "heads averaged", numbers, 0, partial(heads_averaged, numbers)
-    for draw in (0, 1, 2):
-        for numbers in SIZES:
-            for form, kind, shares in ways(numbers, draw):
-                make = partial(reduced, form, kind, shares, numbers, draw)
-                yield f"{form}, {kind}, {shares}", numbers, draw, make
-            if numbers < WIDTH:
-                yield "positions known", numbers, draw, partial(by_its_position, numbers, draw)
-            if draw == 0 and numbers > 16:
-                for kind in ("plain SVD", "activations"):
-                    make = partial(per_head, kind, numbers, draw)
-                    yield f"per head, {kind}", numbers, draw, make
-
-
-def ways(numbers: int, draw: int) -> Iterator[tuple[str, str, str]]:
-    """Forms, metrics and shares. Jointly, half of the cache is exact, so only K and V are cut."""
-    for form in ("separate", "joint") if numbers < WIDTH else ("separate",):
-        for kind in ("plain SVD", "activations", "loss metric"):
-            uses_no_text = kind == "plain SVD"
-            only_once = (form, kind) == ("separate", "activations")
-            if draw == 0 or not (uses_no_text or only_once):
-                for shares in ("equal", "allocated") if numbers < WIDTH else ("equal",):
-                    yield form, kind, shares
-
-
-def trained_runs() -> Iterator[Run]:
-    best = partial(reduced, "joint", "loss metric", "allocated", draw=0)
-    separate = partial(reduced, "separate", "plain SVD", "equal", 32, 0)
-    for method, numbers, rate, make in (
-        ("dense", 256, RATE, dense),
-        ("heads averaged", 128, 2 * RATE, partial(heads_averaged, 128)),
-        (BEST, 16, RATE, partial(best, 16)),
-        (BEST, 32, RATE, partial(best, 32)),
-        ("separate, plain SVD, equal", 32, RATE, separate),
-    ):
-        yield f"{method}, {STEPS} steps", numbers, 0, partial(trained, make, STEPS, rate)
-
-
-def validation_runs() -> Iterator[Run]:
-    best = partial(reduced, "joint", "loss metric", "allocated", draw=0)
-    for texts in (4, 16, 64):
-        yield f"{BEST}, {texts} texts", 32, 0, partial(best, 32, texts=texts)
-    yield f"{BEST}, 4 characters drawn", 32, 0, partial(best, 32, draws=4)
-    for rank in (16, 64, 128):
-        make = partial(by_its_position, 32, 0, rank)
-        yield f"positions known, table of rank {rank}", 32, 0, make
-    for name, numbers, make in (
-        (BEST, 16, partial(best, 16)),
-        ("heads averaged", 128, partial(heads_averaged, 128)),
-    ):
-        for rate in (5e-4, 1e-3, 2e-3):
-            yield f"{name}, 30 steps, rate {rate}", numbers, 0, partial(trained, make, 30, rate)
+@torch.no_grad()
+def losses(make: Callable[[], nn.Module], part: str, kind: str) -> dict[str, str]:
+    model, found = make(), []
+    for ids in windows(part, kind):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids[None], use_cache=False).logits[0, :-1]
+        each = F.cross_entropy(logits.float(), ids[1:], reduction="none")
+        found.append(each[LENGTH // 2 - 1 if kind == "repeated" else 0 :].mean())
+    return {"losses": " ".join(f"{loss:.4f}" for loss in found)}
 
 
 def main() -> None:
-    runs = {"untrained": untrained_runs, "trained": trained_runs}
-    options = parse(__doc__, runs)
-    name, codes, chosen = "kv_cache.csv", text().test, [runs[part] for part in options.parts]
-    if options.validate:
-        name, codes, chosen = "kv_cache_validation.csv", text().validation, [validation_runs]
-    table = Table(options.out / name, COLUMNS, key=COLUMNS[:3])
-    rows = stretches(codes, 64)
-    before = losses(dense(), rows)
-
-    def measure(make: Callable[[], nn.Module]) -> dict[str, str]:
-        after = losses(make(), rows)
-        more = after - before
-        half = 1.96 * more.std() / math.sqrt(len(more))
-        values = (after.mean(), more.mean(), half)
-        return dict(zip(COLUMNS[3:], (f"{value:.5f}" for value in values)))
-
-    for run in chosen:
-        for method, numbers, draw, make in run():
-            row = {"method": method, "numbers": numbers, "draw": draw}
-            table.add(row, partial(measure, make))
+    options = parse(__doc__, ("cache",))
+    part, name = ("validation", "_validation") if options.validate else ("test", "")
+    table = Table(options.out / f"kv_cache{name}.csv", COLUMNS, [*COLUMNS[:7], "kind"])
+    for each in ROWS:
+        row, make = run_of(*each)
+        make = functools.cache(make)
+        for kind in (*KINDS, "repeated"):
+            table.add({**row, "kind": kind}, partial(losses, make, part, kind))
 
 
 if __name__ == "__main__":

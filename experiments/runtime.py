@@ -1,13 +1,15 @@
 """Times and memory behind lesson 11, in PyTorch and in ONNX Runtime: results/runtime_*.csv.
 
-    python -m experiments.runtime [--parts pairs bits memory] [--out FOLDER]
+    python -m experiments.runtime [--parts pairs bits precision calls memory] [--out FOLDER]
 
-Three minutes on an idle thread. A speed-up is a ratio of the thread's computing times.
+Five minutes on an idle thread. A speed-up is a ratio of the thread's computing times; with two
+threads, of the times of calls during which both threads ran without interruption.
 
 ``pairs``: a dense layer against its pair at rank d/16, with weights in the cache (hot) and not
-(cold). ``bits``: width 4096, low rank against 8 and 4 bits, cold, by batch. ``memory`` (only on
-Linux): what a process holds for eight layers, if the file has two products for each and if it has
-``A @ B``.
+(cold). ``bits``: width 4096, low rank against 8 and 4 bits, cold, by batch. ``precision``: the
+same layer in 32 bits and in bfloat16, on one thread and on two. ``calls``: eight small layers,
+called one by one, compiled, and in ONNX Runtime. ``memory`` (only on Linux): what a process holds
+for eight layers, if the file has two products for each and if it has ``A @ B``.
 """
 
 import functools
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lrf_utils as lrf
 import notebook_utils as nb
 from experiments.common import Table, parse
 from experiments.models import (
@@ -66,6 +69,34 @@ def speed_ups(calls: Mapping[str, Callable], **how: float) -> dict[str, dict[str
     for name in times.columns[1:]:
         ratios = (dense / times[name]).quantile([0.5, 0.25, 0.75])
         values = [*ratios, 1e6 * times[name].median(), 1e6 * dense.median()]
+        rows[name] = {column: f"{value:.3f}" for column, value in zip(MEASURED, values)}
+    return rows
+
+
+def quiet_speed_ups(
+    calls: Mapping[str, Callable], threads: int, patience: float = 60
+) -> dict[str, dict[str, str]]:
+    """The same for several threads, from calls during which no other program took one of them.
+
+    PyTorch's waiting threads spin, so the process then uses ``threads`` seconds in a second.
+    """
+    kept: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + patience
+    with torch.no_grad():
+        while min(map(len, kept.values())) < 30 and time.perf_counter() < deadline:
+            for name, call in calls.items():
+                wall, used = time.perf_counter(), time.process_time()
+                call()
+                wall, used = time.perf_counter() - wall, time.process_time() - used
+                if used > 0.9 * threads * wall:
+                    kept[name].append(wall)
+    if min(map(len, kept.values())) < 30:
+        raise SystemExit(f"other programs use the processor: {threads} threads cannot be timed")
+    seconds = {name: np.quantile(times, [0.5, 0.75, 0.25]) for name, times in kept.items()}
+    dense = next(iter(seconds.values()))[0]
+    rows = {}
+    for name, times in list(seconds.items())[1:]:
+        values = [*(dense / times), 1e6 * times[0], 1e6 * dense]
         rows[name] = {column: f"{value:.3f}" for column, value in zip(MEASURED, values)}
     return rows
 
@@ -136,6 +167,66 @@ def bits(out: Path) -> None:
             table.add(row, lambda name=name, times=times: times()[name])
 
 
+def precision(out: Path, width: int = 4096, rank: int = 256) -> None:
+    """A layer and its pair, cold, in 32 bits and in bfloat16, with one thread and with two."""
+    key = ["method", "batch", "threads"]
+    table = Table(out / "runtime_precision.csv", key + MEASURED, key)
+    W, B, A = torch.randn(width, width), torch.randn(rank, width), torch.randn(width, rank)
+    kinds = {
+        "low rank": ([B, A], torch.float32),
+        "bfloat16": ([W], torch.bfloat16),
+        "low rank, bfloat16": ([B, A], torch.bfloat16),
+    }
+    for threads, batch in itertools.product((1, 2), (1, 32)):
+
+        @functools.cache  # all are timed in turn, so they make all their rows at once
+        def times(threads: int = threads, batch: int = batch) -> dict[str, dict[str, str]]:
+            torch.set_num_threads(threads)
+            calls = {}
+            for name, (weights, dtype) in {"dense": ([W], torch.float32), **kinds}.items():
+                same, x = [M.to(dtype) for M in weights], torch.randn(batch, width).to(dtype)
+                calls[name] = eager(same, x, COLD // sum(M.nbytes for M in same) + 1)
+            if threads == 1:
+                return speed_ups(calls, blocks=11, seconds=0.05)
+            return quiet_speed_ups(calls, threads)
+
+        for name in kinds:
+            row = dict(zip(key, (name, batch, threads)))
+            table.add(row, lambda name=name, times=times: times()[name])
+    torch.set_num_threads(1)
+
+
+def calls(out: Path, width: int = 256, rank: int = 16) -> None:
+    """One input through eight small layers, hot: what remains of the gain, by who calls them."""
+    columns = ["layers", "called by", *MEASURED]
+    table = Table(out / "runtime_calls.csv", columns, key=columns[:2])
+    x = torch.randn(1, width)
+
+    @functools.cache
+    def times() -> dict[str, dict[str, str]]:
+        made: dict[str, Callable] = {}
+        for name, size in (("dense", None), ("pairs", rank)):
+            torch.manual_seed(0)
+            layers = [nn.Linear(width, width) for _ in range(8)]
+            if size:
+                layers = [lrf.factorize_layer(layer, size) for layer in layers]
+            parts = (part for layer in layers for part in (layer, nn.ReLU()))
+            network = nn.Sequential(*parts).eval()
+            made[f"{name}, PyTorch"] = functools.partial(network, x)
+            made[f"{name}, torch.compile"] = functools.partial(torch.compile(network), x)
+            with tempfile.TemporaryDirectory() as folder:
+                file = f"{folder}/network.onnx"
+                torch.onnx.export(network, (x,), input_names=["x"], verbose=False).save(file)
+                made[f"{name}, ONNX Runtime"] = hot(onnx.load(file), x.numpy())
+        return speed_ups({"": made["dense, PyTorch"]} | made, blocks=15, seconds=0.03)
+
+    for name, caller in itertools.product(
+        ("dense", "pairs"), ("PyTorch", "torch.compile", "ONNX Runtime")
+    ):
+        row = {"layers": name, "called by": caller}
+        table.add(row, lambda key=f"{name}, {caller}": times()[key])
+
+
 class Stack(nn.Module):
     """Eight pairs of layers; ``joined`` multiplies the two matrices before they meet the input."""
 
@@ -197,7 +288,13 @@ def memory(out: Path, width: int = 2048, rank: int = 128) -> None:
         table.add(row, functools.partial(private_memory, joined, width, rank))
 
 
-PARTS = {"pairs": pairs, "bits": bits, "memory": memory}
+PARTS = {
+    "pairs": pairs,
+    "bits": bits,
+    "precision": precision,
+    "calls": calls,
+    "memory": memory,
+}
 
 
 def main() -> None:

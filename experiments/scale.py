@@ -1,35 +1,89 @@
 """What takes too long for a cell of lesson 12, or needs Linux: results/scale_*.csv.
 
-    python -m experiments.scale [--parts svd engines memory] [--out FOLDER]
+    python -m experiments.scale [--parts svd smollm2] [--out FOLDER]
 
-One thread, about six minutes. CPU seconds, which other programs on the machine change little, are
-those of the process and, where several work, of all of them. Memory is private memory above that
-before the call (see ``stream.MemoryLog``), in a process of its own. The engine Dask is measured
-only where it is installed.
+One thread, about eight minutes. CPU seconds, which other programs on the machine change little,
+are those of the process. Memory is private memory above that before the call (see
+``examples.memory``), in a process of its own.
 """
 
+import argparse
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
-import pandas as pd
+import tokenizers
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from examples import stream
-from experiments.common import ROOT, Table, parse
-from experiments.models import DECOMPOSITIONS, memory_curve, product_error, slow_matrix
+import lrf_utils as lrf
+import notebook_utils as nb
+from examples import compress_checkpoint, compress_llm
+from examples.compress_checkpoint import Sweep
+from examples.memory import MemoryLog
+from examples.on_disk import Source
+from experiments.common import Table, parse
 
-# --- Ways to decompose one large matrix ----------------------------------------------------------
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+# --- Truncated SVDs of a large matrix -----------------------------------------------------------
+
+Factors = tuple[Tensor, Tensor]
+
+
+def slow_matrix(m: int, n: int) -> Tensor:
+    """Random, with singular values that fall slowly, about as 1 / sqrt(index)."""
+    torch.manual_seed(0)
+    return torch.randn(m, m) * torch.arange(1.0, m + 1).rsqrt() @ torch.randn(m, n)
+
+
+def full_svd(W: Tensor, rank: int) -> Factors:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def gram(W: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Factors:
+    """By the eigenvectors of C, which is W Wᵀ or Wᵀ W, whichever is smaller, in ``dtype``."""
+    if W.shape[0] > W.shape[1]:
+        A, B = gram(W.T, rank, dtype)
+        return B.T, A.T
+    C = torch.zeros(len(W), len(W), dtype=dtype)
+    for some in W.split(1024, dim=1):  # in parts, so no copy of W in another precision
+        C.addmm_(some.to(dtype), some.to(dtype).T)
+    U = torch.linalg.eigh(C)[1][:, -rank:].to(W.dtype)
+    return U, U.T @ W
+
+
+def randomized(W: Tensor, rank: int, more: int, iterations: int) -> Factors:
+    """By products of W with rank + ``more`` random vectors, and ``iterations`` times Wᵀ and W."""
+    torch.manual_seed(0)
+    U, S, V = torch.svd_lowrank(W, q=rank + more, niter=iterations)
+    return U[:, :rank] * S[:rank], V[:, :rank].T
+
+
+DECOMPOSITIONS: dict[str, Callable[[Tensor, int], Factors]] = {
+    "full SVD": full_svd,
+    "Gram, float32": gram,
+    "Gram, float64": functools.partial(gram, dtype=torch.float64),
+    "randomized, 10 more, 0 iterations": lambda W, r: randomized(W, r, 10, 0),
+    "randomized, 10 more, 1 iteration": lambda W, r: randomized(W, r, 10, 1),
+    "randomized, 10 more, 2 iterations": lambda W, r: randomized(W, r, 10, 2),
+    "randomized, a quarter more, 3 iterations": lambda W, r: randomized(W, r, r // 4, 3),
+    "randomized, half more, 2 iterations": lambda W, r: randomized(W, r, r // 2, 2),
+}
+
+
+def product_error(W: Tensor, A: Tensor, B: Tensor) -> float:
+    """The Frobenius norm of W - A @ B, by parts of its rows."""
+    parts = zip(W.split(512), A.split(512))
+    return sum((rows.float() - a @ B).double().square().sum().item() for rows, a in parts) ** 0.5
 
 
 def measured(file: str, name: str, rank: int) -> tuple[float, float, float]:
@@ -39,12 +93,11 @@ def measured(file: str, name: str, rank: int) -> tuple[float, float, float]:
     with safe_open(file, framework="pt") as tensors:
         W = tensors.get_tensor("W")  # mapped: it takes no private memory
         decompose(W[:256, :300].clone(), 8)  # the libraries take what they need for themselves
-        with stream.MemoryLog() as log:
+        with MemoryLog() as log:
             start = time.process_time()
             A, B = decompose(W, rank)
             spent = time.process_time() - start
-        peak = max((size for _, size in log.rows), default=float("nan"))
-        return spent, peak, product_error(W, A, B)
+        return spent, log.peak, product_error(W, A, B)
 
 
 def svd(out: Path, m: int = 4096, n: int = 11008, rank: int = 512) -> None:
@@ -61,109 +114,142 @@ def svd(out: Path, m: int = 4096, n: int = 11008, rank: int = 512) -> None:
             return torch.linalg.eigvalsh(C)[:-rank].clamp(min=0).sum().sqrt().item()
 
         def measure(name: str) -> dict[str, str]:
-            with get_context("spawn").Pool(1) as pool:
-                spent, peak, left = pool.apply(measured, (file, name, rank))
-            return {
-                "CPU seconds": f"{spent:.2f}",
-                "private MB": f"{peak:.0f}",
-                "error / optimum": f"{left / optimum():.5f}",
-            }
+            spent, peak, left = alone(measured, file, name, rank)
+            values = f"{spent:.2f}", f"{peak:.0f}", f"{left / optimum():.5f}"
+            return dict(zip(columns[4:], values))
 
         for name in DECOMPOSITIONS:
             row = {"method": name, "m": m, "n": n, "rank": rank}
             table.add(row, functools.partial(measure, name))
 
 
-# --- Engines: the same sixteen jobs, in several ways ---------------------------------------------
-
-JOBS, WIDTH, RANK = 16, 1024, 64
-HALF_THE_JOBS = f"""
-import sys, torch
-from examples import stream
-for number in range(int(sys.argv[1]), {JOBS}, 2):
-    torch.manual_seed(number)
-    stream.factors(torch.randn({WIDTH}, {WIDTH}), {RANK})
-"""
+def alone(function: Callable, *given: object) -> object:
+    """The function's result, from a process of its own."""
+    kind = "fork" if "fork" in get_all_start_methods() else "spawn"  # forked: nothing to import
+    with get_context(kind).Pool(1) as pool:
+        return pool.apply(function, given)
 
 
-def job(number: int) -> None:
-    torch.manual_seed(number)
-    stream.factors(torch.randn(WIDTH, WIDTH), RANK)
+# --- The pipeline -------------------------------------------------------------------------------
 
 
-def loop() -> None:
-    for number in range(JOBS):
-        job(number)
+def random_llama(folder: Path, blocks: int, width: int = 256, ffn: int = 704) -> None:
+    """A folder with a Llama of random numbers in bfloat16, a tokenizer, and a text.
+
+    Its tokens are letters. The weights of its layers have singular values that fall.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for layer in model.model.layers.modules():
+        if isinstance(layer, nn.Linear):
+            U, S, Vh = torch.linalg.svd(layer.weight.data, full_matrices=False)
+            fall = torch.arange(1.0, len(S) + 1).rsqrt() * S[0]
+            layer.weight.data = (U * fall) @ Vh
+    model.bfloat16().save_pretrained(folder, max_shard_size="2MB")
+    known = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token=" "))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ")
+    fast.save_pretrained(folder)
+    chosen = torch.randint(len(letters), (20_000,)).tolist()
+    (folder / "text.txt").write_text("".join(letters[i] for i in chosen))
 
 
-def threads() -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(job, range(JOBS)))
+def asked(text: Path | None, windows: int, length: int) -> argparse.Namespace:
+    """Options as ``compress_llm.texts`` wants them."""
+    return argparse.Namespace(text=text, windows=windows, test_windows=3, length=length)
 
 
-def processes() -> None:
-    command = [sys.executable, "-c", HALF_THE_JOBS]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the others have
-    started = [subprocess.Popen([*command, str(k)], cwd=ROOT, env=one_thread) for k in range(2)]
-    if any([process.wait() for process in started]):
-        raise SystemExit("a process of the engines' comparison failed")
+def largest_difference(first: Path, second: Path) -> float:
+    """Of the products A·B in two folders that compress_checkpoint wrote, relative to the norm."""
+    one, other = (compress_checkpoint.load(folder)[0].float() for folder in (first, second))
+    worst = 0.0
+    for name, pair in one.named_modules():
+        if isinstance(pair, lrf.LowRank):
+            twin = other.get_submodule(name)
+            P, Q = (each[1].weight @ each[0].weight for each in (pair, twin))
+            worst = max(worst, ((P - Q).norm() / Q.norm()).item())
+    return worst
 
 
-def dask_threads() -> None:
-    import dask
+def in_memory(folder: Path, windows: Tensor) -> tuple[dict[str, lrf.Statistics], nn.Module]:
+    """All layers' statistics at once, by the draws of compress_checkpoint; and the model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    numbers = iter(range(len(windows)))
 
-    jobs = [dask.delayed(job)(number) for number in range(JOBS)]
-    dask.compute(*jobs, scheduler="threads", num_workers=2)
+    def loss(output: object) -> list[Tensor]:
+        logits = output.logits[0]
+        drawn = compress_checkpoint.draw(logits.detach().softmax(1), next(numbers))
+        return [nn.functional.cross_entropy(logits, drawn, reduction="sum")]
 
-
-def timed(engine: Callable[[], None]) -> dict[str, str]:
-    before, start = sum(os.times()[:4]), time.perf_counter()  # with those of child processes
-    engine()
-    seconds, spent = time.perf_counter() - start, sum(os.times()[:4]) - before
-    return {"CPU seconds": f"{spent:.2f}", "seconds": f"{seconds:.2f}"}
-
-
-def engines(out: Path) -> None:
-    columns = ["engine", "workers", "block", "CPU seconds", "seconds"]
-    table = Table(out / "scale_engines.csv", columns, key=["engine", "block"])
-    tried = {"loop": loop, "threads": threads, "layers[rank::2], 2 new processes": processes}
-    if importlib.util.find_spec("dask"):
-        tried["Dask, threads"] = dask_threads
-    torch.set_num_threads(1)
-    job(0)
-    for block in (1, 2, 3):
-        for name, engine in tried.items():
-            row = {"engine": name, "workers": 1 if name == "loop" else 2, "block": block}
-            table.add(row, functools.partial(timed, engine))
+    names = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    names.remove("lm_head")
+    how = {"loss": loss, "weighted": True}
+    return lrf.collect_statistics(model, windows.split(1), names, **how), model
 
 
-# --- Memory over time ----------------------------------------------------------------------------
+def stages(
+    folder: Path, out: Path, text: Path | None, count: int, length: int
+) -> list[tuple[str, float, float]]:
+    """(stage, CPU seconds, peak of private memory in MB) of compress_checkpoint."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    windows, _ = compress_llm.texts(tokenizer, asked(text, count, length))
+    work = out / "unfinished"
+    work.mkdir(parents=True, exist_ok=True)
+    source = Source(folder)
+    sweep = Sweep(source, windows, work, 0, 1)
+
+    def finish() -> None:
+        ranks = compress_checkpoint.choose_ranks(source, work, keep=0.8, multiple_of=16)
+        compress_checkpoint.finish(source, work, out, ranks)
+
+    found = []
+    for name, stage in (
+        ("forward", lambda: list(sweep.forward())),
+        ("backward", lambda: list(sweep.backward())),
+        ("finish", finish),
+    ):
+        with MemoryLog() as log:
+            start = time.process_time()
+            stage()
+            spent = time.process_time() - start
+        found.append((name, spent, log.peak))
+    return found
 
 
-def memory(out: Path) -> None:
-    """Private memory of ``stream.py`` over time, for twelve weights of 2048×2048."""
-    path = out / "scale_memory.csv"
-    table = Table(path, ["run", "seconds", "MB"], key=["run", "seconds"])
-    done = set(pd.read_csv(path)["run"])  # a run of the program makes all its rows at once
-    with tempfile.TemporaryDirectory() as folder:
-        model, log = Path(folder, "model.safetensors"), Path(folder, "log.csv")
-        torch.manual_seed(0)
-        save_file({f"{i:02d}.weight": torch.randn(2048, 2048) for i in range(12)}, model)
-        for run, more in (("at_once", ["--at-once"]), ("one_by_one", [])):
-            if run in done:
-                continue
-            command = [sys.executable, stream.__file__, str(model), f"{folder}/{run}"]
-            command += ["--rank", "64", "--memory", str(log), *more]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            for seconds, size in memory_curve(log).itertuples(index=False):
-                row = {"run": run, "seconds": f"{seconds:.3f}", "MB": f"{size:.3f}"}
-                table.add(row, dict)
+def smollm2(out: Path, count: int = 6, length: int = 256) -> None:
+    """SmolLM2 in bfloat16, from folder to folder: what each stage costs."""
+    columns = ["stage", "tokens", "file MB", "CPU seconds", "private MB"]
+    table = Table(out / "scale_smollm2.csv", columns, key=["stage"])
+    if {"stage": "finish"} in table:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        model, tokenizer = nb.load_smollm2()
+        for part in (model.bfloat16(), tokenizer):
+            part.save_pretrained(folder)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+        about = {"tokens": count * length, "file MB": f"{size:.0f}"}
+        for stage, spent, peak in alone(stages, folder, Path(name, "out"), None, count, length):
+            values = {"CPU seconds": f"{spent:.1f}", "private MB": f"{peak:.0f}"}
+            table.add({"stage": stage} | about, lambda values=values: values)
 
 
-PARTS = {"svd": svd, "engines": engines, "memory": memory}
+PARTS = {"svd": svd, "smollm2": smollm2}
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     options = parse(__doc__, PARTS)
     for part in options.parts:
         PARTS[part](options.out)

@@ -1,4 +1,4 @@
-"""SmolLM2 as lessons 9 and 10 and a long run use it: texts, perplexity, attention with a cache.
+"""SmolLM2 as lessons 9 and 10 and the long runs use it: texts, perplexity, published methods.
 
 Texts are of three kinds and in three parts: calibration, validation (which settings are chosen
 on) and test.
@@ -7,12 +7,17 @@ on) and test.
 import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import math
-from collections.abc import Callable, Iterable
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -20,11 +25,14 @@ from torch.nn import functional as F
 
 import lrf_utils as lrf
 import notebook_utils as nb
+from experiments.cache_bits import round_groups
+from experiments.common import Table
 
 # --- Texts ---------------------------------------------------------------------------------------
 
 KINDS = ("WordNet", "Bible", "Python docs")
 DATA = nb.ROOT / "data"
+FOLDER = nb.ROOT / "build" / "language_model"
 
 
 def _split(text: str, first: float, second: float) -> dict[str, str]:
@@ -51,11 +59,16 @@ def load_texts() -> dict[str, dict[str, str]]:
     }
 
 
-def token_windows(tokenizer: Any, text: str, count: int, length: int = 256) -> Tensor:
-    """``count`` sequences of ``length`` tokens, evenly spread over the text; none overlap."""
-    step = len(text) // count
-    rows = []
-    for start in range(0, count * step, step):
+def token_windows(
+    tokenizer: Any, text: str, count: int, length: int = 256, offset: float = 0.0
+) -> Tensor:
+    """``count`` sequences of ``length`` tokens, evenly spread over the text; none overlap.
+
+    With an ``offset`` they begin later, by this share of the step from one to the next.
+    """
+    step, rows = len(text) // count, []
+    for number in range(count):
+        start = int((number + offset) * step)
         # A token has at least one character: more than enough of them are read.
         ids = tokenizer(text[start : start + min(step, 12 * length)])["input_ids"][:length]
         if len(ids) < length:
@@ -64,260 +77,222 @@ def token_windows(tokenizer: Any, text: str, count: int, length: int = 256) -> T
     return torch.tensor(rows)
 
 
-def windows_of(tokenizer: Any, part: str, count: int, length: int = 256) -> dict[str, Tensor]:
+def windows_of(
+    tokenizer: Any, part: str, count: int, length: int = 256, offset: float = 0.0
+) -> dict[str, Tensor]:
     """For each kind of text, ``count`` windows of its ``part``."""
-    texts = load_texts()
-    return {kind: token_windows(tokenizer, texts[kind][part], count, length) for kind in KINDS}
+    how = {"count": count, "length": length, "offset": offset}
+    return {
+        kind: token_windows(tokenizer, text[part], **how) for kind, text in load_texts().items()
+    }
+
+
+def written_text(
+    model: nn.Module, count: int, folder: Path, length: int = 256, batch_size: int = 64
+) -> Tensor:
+    """``count`` sequences that the model writes itself: from its first token, at temperature 1.
+
+    They come in batches, each kept in a file of ``folder``; a longer call goes on after them.
+    """
+    start, rows = model.generation_config.bos_token_id, []
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+    how |= {"max_length": length, "pad_token_id": start, "cache_implementation": "static"}
+    writer = functools.cache(lambda: copy.deepcopy(model).bfloat16())
+    for number in range(math.ceil(count / batch_size)):
+        path = folder / f"written_{number}.pt"
+        if not path.exists():
+            first = torch.full((batch_size, 1), start)
+            with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                torch.manual_seed(number)
+                ids = writer().generate(first, attention_mask=torch.ones_like(first), **how)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(ids, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        rows.append(torch.load(path))
+    return torch.cat(rows)[:count]
+
+
+# --- What takes long -----------------------------------------------------------------------------
+
+TIMES = ["what", "layers", "CPU seconds", "wall seconds", "load"]
+
+
+def times() -> Table:
+    return Table(FOLDER / "language_model_times.csv", TIMES, TIMES[:1])
+
+
+def saved(what: str, layers: int, make: Callable[[], Any]) -> Any:
+    """What ``make()`` returns, kept in a file; the time it took goes to the table."""
+    path = FOLDER / f"{what}.pt"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = make()
+        seconds = [time.process_time() - cpu, time.perf_counter() - wall]
+        torch.save(result, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        row = [what, layers, *(f"{x:.0f}" for x in seconds), f"{os.getloadavg()[0]:.1f}"]
+        times().add(dict(zip(TIMES, row)), dict)
+    return torch.load(path, weights_only=True, mmap=True)
 
 
 # --- Perplexity ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def window_losses(model: nn.Module, windows: Tensor, batch_size: int = 2) -> Tensor:
+def window_losses(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Tensor:
     """The mean cross-entropy of each window, in nats per token; the first token is given."""
     losses = []
     for ids in windows.split(batch_size):
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        each = F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
-        losses.append(each.mean(1))
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(ids), -1).mean(1))
     return torch.cat(losses)
 
 
-def perplexity(losses: Tensor) -> float:
+def perplexity(losses: Any) -> float:
     """exp of the mean loss: among how many equally likely tokens the model seems to choose."""
-    return math.exp(losses.double().mean())
+    return math.exp(np.hstack([np.asarray(each) for each in losses]).mean())
 
 
-# --- The cache: keys and values from one factor --------------------------------------------------
+def read_losses(path: Path) -> pd.DataFrame:
+    """A table of an experiment; its column ``losses`` holds an array of the windows' losses."""
+    table = pd.read_csv(path, keep_default_na=False)
+    table["losses"] = [np.array(text.split(), dtype=float) for text in table["losses"]]
+    return table
 
-KV = "model.layers.{}.self_attn.kv"
+
+def losses_of(table: pd.DataFrame, **wanted: Any) -> pd.Series:
+    """The losses of a model's windows, by text; ``wanted`` says what its columns hold."""
+    rows = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    if rows.empty or rows["text"].duplicated().any():
+        raise ValueError(f"not one model, but {len(rows)} rows match {wanted}")
+    return rows.set_index("text")["losses"].sort_index()
 
 
-class LatentAttention(nn.Module):
-    """Llama's attention with a cache of what comes *before* the rotation, for K and V together.
+def change(losses: pd.Series, before: pd.Series) -> nb.Interval:
+    """By how many percent the perplexity is higher than ``before``, on the texts of both.
 
-    ``kv`` holds the weights of K and V as one layer. Once it is a pair, its first factor gives the
-    r numbers to cache, and its second expands them to keys and values, which are rotated then.
-    ``rounded`` says what a cache with fewer bits holds in place of these numbers; the ``recent``
-    last tokens are held in full, and so are the first ones, ``sinks``, on which much attention
-    rests (Xiao et al. (2023), arXiv:2309.17453). Positions count from 0: no padding on the left.
+    It is the ratio of geometric means; the interval is that of its logarithm, windows paired.
     """
-
-    def __init__(self, attention: nn.Module, rotary: nn.Module) -> None:
-        super().__init__()
-        self.q_proj, self.o_proj = attention.q_proj, attention.o_proj
-        self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
-        self.rotary = rotary
-        k, v = attention.k_proj, attention.v_proj
-        self.kv = nn.Linear(k.in_features, k.out_features + v.out_features, bias=False)
-        self.kv.weight = nn.Parameter(torch.cat([k.weight, v.weight]).detach())
-        self.rounded: Callable[[Tensor], Tensor] | None = None
-        self.recent, self.sinks = 32, 4
-
-    def forward(
-        self, hidden_states: Tensor, cache: Any = None, past_key_values: Any = None, **others: Any
-    ) -> tuple[Tensor, None]:
-        cache = past_key_values if cache is None else cache
-        q = self._heads(self.q_proj(hidden_states))
-        pair = isinstance(self.kv, lrf.LowRank)
-        latent = self.kv[0](hidden_states) if pair else self.kv(hidden_states)
-        if cache is not None:  # as if it were one head of keys, with values of no numbers
-            kept = cache.update(latent[:, None], latent[:, None, :, :0], self.layer_idx)
-            latent = kept[0][:, 0]
-        count = latent.shape[1]
-        positions = torch.arange(count, device=latent.device)[None]
-        cos, sin = self.rotary(hidden_states, positions)
-        q = _rotate(q, cos[:, -q.shape[2] :], sin[:, -q.shape[2] :])
-        distance = positions[0, -q.shape[2] :, None] - positions
-        if self.rounded is None or count <= self.sinks:
-            k, v = self._expand(latent, cos, sin)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=distance >= 0, enable_gqa=True)
-        else:  # each token sees the first and the recent ones in full, and others rounded
-            first = latent[:, : self.sinks]
-            rounded = torch.cat([first, self.rounded(latent[:, self.sinks :])], dim=1)
-            far = (distance >= self.recent) & (positions[0] >= self.sinks)
-            near = (distance >= 0) & ~far
-            full, other = (self._expand(each, cos, sin) for each in (latent, rounded))
-            y = _two_caches(q, full, other, near, far)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), None
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _expand(self, latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        both = self.kv[1](latent) if isinstance(self.kv, lrf.LowRank) else latent
-        k, v = (self._heads(part) for part in both.chunk(2, dim=-1))
-        return _rotate(k, cos, sin), v
+    shared = losses.index.intersection(before.index)
+    ratio = nb.interval(np.concatenate([losses[key] - before[key] for key in shared]))
+    return nb.Interval(*(100 * math.expm1(value) for value in ratio))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of numbers, half a head apart, by an angle that grows with the position."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+class Alone:
+    """A model with one layer changed, on ``ids``: it runs from that layer's block on."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.model, self.inputs = model, []
+
+        def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.inputs.append((args, kwargs))
+
+        blocks = model.model.layers
+        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+        with torch.no_grad():
+            self.before = model(ids, use_cache=False).logits.log_softmax(-1)
+        self.next = ids[:, 1:, None]
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def __call__(self, name: str, pair: nn.Module) -> Tensor:
+        """The logarithms of its probabilities, as ``before`` has those of the model itself."""
+        _, _, number, inner = name.split(".", 3)
+        blocks = self.model.model.layers[int(number) :]
+        (x,), how = self.inputs[int(number)]
+        for block in (lrf.factorize(blocks[0], {inner: pair}), *blocks[1:]):
+            x = block(x, **how)
+        return self.model.lm_head(self.model.model.norm(x)).log_softmax(-1)
+
+    def loss(self, log_p: Tensor) -> float:
+        return -log_p[:, :-1].gather(2, self.next).mean().item()
+
+    def divergence(self, log_p: Tensor) -> float:
+        """Of ``before`` from these, KL in nats per token."""
+        return (self.before.exp() * (self.before - log_p)).sum(-1).mean().item()
 
 
-def _two_caches(
-    q: Tensor,
-    full: tuple[Tensor, Tensor],
-    rounded: tuple[Tensor, Tensor],
-    near: Tensor,
-    far: Tensor,
-) -> Tensor:
-    """Attention with ``full`` keys and values where ``near``, ``rounded`` ones where ``far``."""
-    groups = q.shape[1] // full[0].shape[1]
-    full, rounded = ([x.repeat_interleave(groups, 1) for x in pair] for pair in (full, rounded))
-    scores = torch.where(near, q @ full[0].mT, q @ rounded[0].mT) / math.sqrt(q.shape[-1])
-    p = scores.masked_fill(~(near | far), -torch.inf).softmax(-1)
-    return (p * near) @ full[1] + (p * far) @ rounded[1]
+# --- Factors and ranks ---------------------------------------------------------------------------
 
 
-def with_latent_cache(model: nn.Module) -> nn.Module:
-    """A copy of a Llama whose attention has a layer ``kv``; it computes the same."""
-    model = copy.deepcopy(model)
-    for block in model.model.layers:
-        block.self_attn = LatentAttention(block.self_attn, model.model.rotary_emb)
-    return model
+Factors = dict[str, tuple[Tensor, Tensor, Tensor]]
+Options = dict[str, dict[int | None, tuple[float, float]]]
 
 
-def separate(layer: nn.Linear, rank: int, known: lrf.Statistics | None) -> lrf.LowRank:
-    """A pair for K and one for V, of half the rank each, in one: its second factor has blocks."""
-    size, pairs = layer.out_features // 2, []
-    for rows in (slice(0, size), slice(size, None)):
-        half, own = nn.Linear(layer.in_features, size, bias=False), known
-        half.weight = nn.Parameter(layer.weight[rows].detach())
-        if known is not None and known.gradient_sum is not None:
-            own = dataclasses.replace(known, gradient_sum=known.gradient_sum[rows, rows])
-        pairs.append(lrf.factorize_layer(half, rank // 2, own, add_bias=own is not None))
-    down = nn.Linear(layer.in_features, rank, bias=False)
-    up = nn.Linear(rank, layer.out_features, bias=known is not None)
-    down.weight = nn.Parameter(torch.cat([pair[0].weight for pair in pairs]))
-    up.weight = nn.Parameter(torch.block_diag(*(pair[1].weight for pair in pairs)))
+def nested_factors(
+    layer: nn.Linear, known: lrf.Statistics | None, centered: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A (m, k), B (k, n) whose first r columns and rows are the best pair of rank r, for any r.
+
+    Their norms are shared out for each component, not for a whole pair as ``factorize`` does; so
+    one call serves all ranks that save weights. The third tensor are ``truncation_errors``.
+    """
+    W = layer.weight.detach().double()
+    m, n = W.shape
+    C, R = torch.eye(n).double(), None
     if known is not None:
-        up.bias = nn.Parameter(torch.cat([pair.bias for pair in pairs]))
+        C = known.covariance(centered, ridge=True)
+    if known is not None and known.gradient_sum is not None:
+        G = known.metric
+        G.diagonal().add_(known.damping * G.diagonal().mean())
+        R = torch.linalg.cholesky(G).mT  # G = Rᵀ R
+    if m <= n:  # W ≈ R⁻¹ U Uᵀ R W
+        B = W if R is None else R @ W
+        squares, U = torch.linalg.eigh(B @ C @ B.mT)
+    else:  # W ≈ W L U Uᵀ L⁻¹, with C = L Lᵀ
+        L = torch.linalg.cholesky(C)
+        A = W @ L
+        squares, U = torch.linalg.eigh(A.mT @ (A if R is None else G @ A))
+    U = U.flip(1)[:, : max(1, lrf.break_even_rank(m, n))]
+    if m <= n:
+        A = U if R is None else torch.linalg.solve_triangular(R, U, upper=True)
+        B = U.mT @ B
+    else:
+        A, B = A @ U, torch.linalg.solve_triangular(L.mT, U, upper=True).mT
+    balance = (B.norm(dim=1) / A.norm(dim=0)).sqrt()
+    errors = F.pad(squares.clamp(min=0).cumsum(0).flip(0), (0, 1))
+    return (A * balance).float(), (B / balance[:, None]).float(), errors
+
+
+def pair_of(A: Tensor, B: Tensor, bias: Tensor | None = None) -> lrf.LowRank:
+    down = nn.Linear(B.shape[1], len(B), bias=False)
+    up = nn.Linear(len(B), len(A), bias=bias is not None)
+    down.weight, up.weight = nn.Parameter(B), nn.Parameter(A)
+    if bias is not None:
+        up.bias = nn.Parameter(bias.float())
     return lrf.LowRank(down, up)
 
 
-def kv_names(model: nn.Module) -> list[str]:
-    return [KV.format(i) for i in range(len(model.model.layers))]
+def load_options(model: nn.Module) -> dict[str, dict[int | None, tuple[float, float]]]:
+    """``rank_options`` of all linear layers, from the long run: weights, and predicted loss."""
+    table = pd.read_csv(nb.ROOT / "results" / "language_model_options.csv")
+    options: dict[str, dict] = {}
+    for name, rank, error in table.itertuples(index=False):
+        m, n = model.get_submodule(name).weight.shape
+        options.setdefault(name, {None: (m * n, 0.0)})[rank] = (rank * (m + n), error)
+    return options
 
 
-def with_bits(model: nn.Module, rounded: Callable[[Tensor], Tensor] | None) -> nn.Module:
-    """Sets how each layer's cache is rounded, in place."""
-    for block in model.model.layers:
-        block.self_attn.rounded = rounded
-    return model
+def options_of(factors: Factors, multiple_of: int = 16) -> Options:
+    """As ``lrf.rank_options``, of what ``nested_factors`` has found for each layer."""
+    options: Options = {}
+    for name, (A, B, errors) in factors.items():
+        m, n = len(A), B.shape[1]
+        options[name] = {None: (m * n, 0.0)}
+        for rank in range(multiple_of, len(B) + 1, multiple_of):
+            options[name][rank] = (rank * (m + n), errors[rank].item())
+    return options
 
 
-# --- Fewer bits ----------------------------------------------------------------------------------
-
-SCALES = 32  # bits of a group's scale and offset, 16 each
-
-
-def round_groups(x: Tensor, bits: int, dim: int, size: int) -> Tensor:
-    """``x`` rounded in groups of ``size`` along ``dim``, each from its minimum to its maximum."""
-    x = x.movedim(dim, -1)
-    count = x.shape[-1]
-    groups = F.pad(x, (0, -count % size), mode="replicate").unflatten(-1, (-1, size))
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-    rounded = ((groups - low) / step).round() * step + low
-    return rounded.flatten(-2)[..., :count].movedim(-1, dim)
-
-
-def naive_bits(kv: Tensor, bits: int, size: int = 64) -> Tensor:
-    """Keys and values per token and head."""
-    return round_groups(kv, bits, -1, size)
-
-
-def kivi_bits(kv: Tensor, bits: int, size: int = 32) -> Tensor:
-    """Keys per channel over 32 tokens, values per token; as KIVI, but before the rotation.
-
-    Source: Liu et al. (2024), arXiv:2402.02750; before the rotation as Hooper et al. (2024),
-    arXiv:2401.18079.
-    """
-    k, v = kv.chunk(2, dim=-1)
-    return torch.cat([round_groups(k, bits, -2, size), round_groups(v, bits, -1, size)], dim=-1)
-
-
-def channel_bits(variances: Tensor, total: float, size: int = 32) -> Tensor:
-    """Bits for each channel, so that with scales of groups of ``size`` they sum up to ``total``.
-
-    One more bit after the other goes where it lowers the error most: reverse water-filling, as in
-    transform coding. A channel with 0 bits is not kept, which is what a smaller rank does.
-    """
-    steps = torch.arange(2, 12)
-    # The range of 32 normal numbers is about four deviations; the error is a twelfth of step².
-    errors = torch.cat([torch.ones(1), 1.4 / (2.0**steps - 1) ** 2])
-    errors = variances.float()[:, None] * errors  # of each channel, at 0, 2, 3, … bits
-    costs = torch.tensor([2 + SCALES / size] + [1.0] * (len(steps) - 1))
-    gains = -errors.diff(dim=1) / costs
-    level = torch.zeros(len(variances), dtype=torch.long)
-    while True:
-        gain = gains.gather(1, level[:, None].clamp(max=len(costs) - 1))[:, 0]
-        gain = gain.masked_fill(level == len(costs), 0)
-        best = gain.argmax()
-        if gain[best] <= 0 or costs[level[best]] > total:
-            break
-        total -= costs[level[best]].item()
-        level[best] += 1
-    return torch.where(level > 0, level + 1, 0)
-
-
-def round_channels(x: Tensor, bits: Tensor, size: int = 32) -> Tensor:
-    """Each channel over ``size`` tokens, with its own bits; without bits it is 0."""
-    result = torch.zeros_like(x)
-    for count in bits[bits > 0].unique():
-        some = bits == count
-        result[..., some] = round_groups(x[..., some], int(count), -2, size)
+def corrected(options: Options, layers: pd.DataFrame) -> Options:
+    """Each layer's errors times the divergence measured with it alone cut, over the predicted."""
+    factors, result = (layers["KL"] / layers["predicted"]).to_dict(), {}
+    for name, table in options.items():
+        result[name] = {rank: (cost, factors[name] * e) for rank, (cost, e) in table.items()}
     return result
-
-
-def coded(layer: nn.Linear, known: lrf.Statistics, size: int, group: int = 32) -> tuple:
-    """A pair whose latent numbers add up to the predicted loss one by one; and their bits.
-
-    They are those of the truncated factors before the norms are shared out: so each one's part of
-    the error, cut or rounded, is its variance. ``size`` is in bytes per token.
-    """
-    W = layer.weight.detach().double()
-    G = known.metric + known.damping * known.metric.diagonal().mean() * torch.eye(len(W))
-    root = torch.linalg.cholesky(G).T
-    response = root @ W
-    C = known.covariance(ridge=True)
-    variances, U = torch.linalg.eigh(response @ C @ response.T)
-    bits = channel_bits(variances.clamp(min=0).flip(0), 8 * size, group)
-    U = U.flip(1)[:, bits > 0]
-    down, up = nn.Linear(W.shape[1], U.shape[1]), nn.Linear(U.shape[1], len(W))
-    with torch.no_grad():
-        down.weight.copy_(U.T @ response)
-        down.bias.copy_(-down.weight.double() @ known.mean)  # a channel that is cut stays at 0
-        up.weight.copy_(torch.linalg.solve_triangular(root, U, upper=True))
-        up.bias.copy_(W @ known.mean)
-    return lrf.LowRank(down, up), bits[bits > 0]
-
-
-def with_coded_cache(
-    model: nn.Module, statistics: dict[str, lrf.Statistics], size: int, group: int = 32
-) -> nn.Module:
-    """A copy of ``with_latent_cache(...)`` that keeps ``size`` bytes per token and layer."""
-    codes = {
-        name: coded(model.get_submodule(name), statistics[name], size, group)
-        for name in kv_names(model)
-    }
-    result = lrf.factorize(model, {name: pair for name, (pair, _) in codes.items()})
-    for block, (_, bits) in zip(result.model.layers, codes.values()):
-        block.self_attn.rounded = partial(round_channels, bits=bits, size=group)
-        block.self_attn.recent = group
-    return result
-
-
-def cache_bytes(numbers: int, bits: int, size: int) -> float:
-    """Bytes per token and layer; below 16 bits with the scales of groups of ``size``."""
-    scales = math.ceil(numbers / size) * SCALES if bits < 16 else 0
-    return (numbers * bits + scales) / 8
-
-
-# --- Ranks ---------------------------------------------------------------------------------------
 
 
 def equal_ranks(model: nn.Module, names: Iterable[str], kept: float) -> dict[str, int]:
@@ -329,21 +304,24 @@ def equal_ranks(model: nn.Module, names: Iterable[str], kept: float) -> dict[str
     return ranks
 
 
-def cache_ranks(
-    model: nn.Module, statistics: dict[str, lrf.Statistics], numbers: int, multiple_of: int = 16
-) -> dict[str, int | None]:
-    """Ranks of the layers ``kv`` that sum up to at most ``numbers`` for each, by least error."""
-    options = {}
-    for name, known in statistics.items():
-        layer = model.get_submodule(name)
-        errors = lrf.truncation_errors(layer, known).tolist()
-        full = min(layer.weight.shape)
-        options[name] = {r: (r, errors[r]) for r in range(multiple_of, full, multiple_of)}
-        options[name][None] = (full, 0.0)
-    return lrf.allocate_ranks(options, numbers * len(options))
-
-
 # --- What published methods know of a layer ------------------------------------------------------
+
+
+class Lazy(Mapping):
+    """What ``make(name)`` returns for each name, made when asked for and not kept."""
+
+    def __init__(self, names: list[str], make: Callable[[str], Any]) -> None:
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> Any:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
 
 MANY = 10**7  # rows; with so many, a covariance gets next to no ridge
 
@@ -355,9 +333,9 @@ def diagonal(values: Tensor) -> lrf.Statistics:
     return lrf.Statistics(1, MANY, MANY, zeros, (MANY * values).diag())
 
 
-def asvd_statistics(
+def input_sizes(
     model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]
-) -> dict[str, lrf.Statistics]:
+) -> dict[str, Tensor]:
     """ASVD scales inputs by the root of their mean absolute values (its alpha is a half).
 
     Source: Yuan et al. (2023), arXiv:2312.05821.
@@ -374,12 +352,12 @@ def asvd_statistics(
             model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: diagonal(each) for name, each in sums.items()}
+    return sums
 
 
-def fwsvd_statistics(
+def weight_gradients(
     model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]
-) -> dict[str, lrf.Statistics]:
+) -> dict[str, Tensor]:
     """FWSVD scales inputs by the root of the summed squared gradients of their weights.
 
     Source: Hsu et al. (2022), arXiv:2207.00112.
@@ -392,10 +370,63 @@ def fwsvd_statistics(
             loss = F.cross_entropy(logits[:-1], ids[0, 1:])
             for name, gradient in zip(sums, torch.autograd.grad(loss, weights)):
                 sums[name] = sums[name] + gradient.square().sum(0)
-    return {name: diagonal(each) for name, each in sums.items()}
+    return sums
 
 
 def without_ridge(known: lrf.Statistics) -> lrf.Statistics:
     more = MANY / known.rows
-    sums = {"weight": MANY, "row_sum": more * known.row_sum, "outer_sum": more * known.outer_sum}
+    sums = {key: more * getattr(known, key) for key in ("weight", "row_sum", "outer_sum")}
     return dataclasses.replace(known, rows=MANY, **sums)
+
+
+# --- Fewer bits ----------------------------------------------------------------------------------
+
+
+def rounded(W: Tensor, bits: int, dim: int, group: int, shift: int = 0) -> Tensor:
+    """A weight rounded to nearest in groups along ``dim``, which begin at ``shift``."""
+    return round_groups(W.roll(-shift, dim), bits, dim, group).roll(shift, dim)
+
+
+def rounded_model(model: nn.Module, names: Iterable[str], bits: int, **how: int) -> nn.Module:
+    """A copy with the named layers, or the factors of their pairs, in ``bits`` bits.
+
+    Groups run along a layer's inputs, and in a pair along each component.
+    """
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            layer = result.get_submodule(name)
+            parts = (
+                [(layer, 1)] if isinstance(layer, nn.Linear) else [(layer[0], 1), (layer[1], 0)]
+            )
+            for part, dim in parts:
+                part.weight.copy_(rounded(part.weight, bits, dim, **how))
+    return result
+
+
+def in_random_basis(model: nn.Module, names: Iterable[str], bits: int, group: int) -> nn.Module:
+    """The named layers rounded after a random rotation of their inputs, as QuIP# and QuaRot do."""
+    result, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    bases = {}
+    with torch.no_grad():
+        for name in names:
+            W = result.get_submodule(name).weight
+            n = W.shape[1]
+            if n not in bases:
+                bases[n] = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+            W.copy_(rounded(W @ bases[n], bits, 1, group) @ bases[n].mT)
+    return result
+
+
+def with_table(model: nn.Module, A: Tensor, B: Tensor) -> nn.Module:
+    """A copy whose embedding table, and the head tied to it, are the pair A (tokens, r), B."""
+    head, embed = pair_of(A, B), nn.Sequential(nn.Embedding(*A.shape), nn.Linear(*B.shape, False))
+    embed[0].weight, embed[1].weight = head[1].weight, nn.Parameter(B.mT.contiguous())
+    return lrf._copy(model, {model.model.embed_tokens: embed, model.lm_head: head})
+
+
+def with_small_table(model: nn.Module, batches: Iterable[Tensor], rank: int) -> nn.Module:
+    """The same, with the pair that changes the logits least on these texts."""
+    known = lrf.collect_statistics(model, batches, ["lm_head"])["lm_head"]
+    A, B, _ = nested_factors(model.lm_head, known)
+    return with_table(model, A[:, :rank].clone(), B[:rank].clone())

@@ -1,178 +1,29 @@
-"""The programs in examples/: killed runs go on to the same file, workers agree, none hangs."""
+"""The programs in examples/: what is compressed loads again, killed runs go on, workers agree."""
 
-import hashlib
+import json
+import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 
 import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from torch import nn
+from PIL import Image
+from safetensors.torch import save_file
+from torch.fx.experimental.optimization import fuse
 
 import lrf_utils as lrf
-from examples import compress_llm, stream, tiny_digit, workers
-
-# --- stream.py -----------------------------------------------------------------------------------
-
-
-def digest(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    first, second, third = nn.Linear(40, 60), nn.Linear(60, 50), nn.Linear(50, 3)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
-
-
-@pytest.fixture
-def file(model, tmp_path):
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
-
-
-def test_the_result_is_nearly_that_of_factorize(model, file, tmp_path):
-    names = list(stream.stream(file, tmp_path / "out", 5))
-    assert sorted(names) == sorted(model.state_dict())
-    small = lrf.factorize(model, {"0": 5, "2": 5})  # for layer 4, 3×50, rank 5 saves nothing
-    best = {name: small.get_submodule(name) for name in "02"}
-    best = {name: pair[1].weight @ pair[0].weight for name, pair in best.items()}
-    small.load_state_dict(load_file(tmp_path / "out"))
-    for name in "02":
-        layer, pair = model.get_submodule(name), small.get_submodule(name)
-        found = pair[1].weight @ pair[0].weight
-        error, least = (torch.linalg.norm(layer.weight - M) for M in (found, best[name]))
-        assert error < 1.03 * least
-        torch.testing.assert_close(pair[1].bias, layer.bias)
-
-
-def test_only_named_layers_are_factorized_and_types_kept(file, tmp_path):
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
-    save_file(weights | {"steps": torch.tensor(7)}, file)
-    list(stream.stream(file, tmp_path / "out", 5, layers="2"))
-    new = load_file(tmp_path / "out")
-    assert new["2.0.weight"].dtype == torch.bfloat16 and new["2.1.weight"].shape == (50, 5)
-    assert torch.equal(new["0.weight"], weights["0.weight"]) and new["steps"] == 7
-
-
-def test_a_folder_of_parts_is_one_model(file, tmp_path):
-    list(stream.stream(file, tmp_path / "whole", 5))
-    (tmp_path / "parts").mkdir()
-    for number, (name, tensor) in enumerate(load_file(file).items()):
-        save_file({name: tensor}, tmp_path / "parts" / f"{number}.safetensors")
-    list(stream.stream(tmp_path / "parts", tmp_path / "out", 5))
-    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("rank", "cut"), [(5, 0), (5, 1), (5, 777), (4, 0)])
-def test_an_interrupted_run_goes_on_to_the_same_file(file, tmp_path, rank, cut):
-    whole = list(stream.stream(file, tmp_path / "whole", 5))
-    part, run = tmp_path / "out.part", stream.stream(file, tmp_path / "out", rank)
-    before = [next(run) for _ in range(4)]
-    run.close()
-    with part.open("r+b") as open_file:  # as if it had died within a tensor
-        open_file.truncate(part.stat().st_size - cut)
-    again = list(stream.stream(file, tmp_path / "out", 5))
-    assert digest(tmp_path / "out") == digest(tmp_path / "whole") and not part.exists()
-    if rank != 5:  # other settings: it starts anew
-        assert again == whole
-    else:
-        assert again == whole[4:] if cut == 0 else again[0] in before
-
-
-def test_a_killed_program_goes_on_to_the_same_file(tmp_path):
-    torch.manual_seed(0)
-    source, out = tmp_path / "model.safetensors", tmp_path / "out"
-    save_file({f"{i}.weight": torch.randn(512, 512) for i in range(8)}, source)
-    list(stream.stream(source, tmp_path / "whole", 32))
-    command = [sys.executable, stream.__file__, str(source), str(out), "--rank", "32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == "0.weight"
-    process.kill()
-    process.communicate()
-    if not out.exists():
-        list(stream.stream(source, out, 32))
-    ours, theirs = load_file(out), load_file(tmp_path / "whole")
-    for i in range(8):  # two programs, perhaps with other numbers of threads: equal to rounding
-        one, two = (pair[f"{i}.1.weight"] @ pair[f"{i}.0.weight"] for pair in (ours, theirs))
-        assert torch.linalg.norm(one - two) < 1e-3 * torch.linalg.norm(two)
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "complaint"),
-    [
-        ("none.safetensors", "4", "no safetensors file at none.safetensors; give a"),
-        ("broken.safetensors", "4", "broken.safetensors is not a complete safetensors file"),
-        ("model.safetensors", "0", "--rank must be at least 1, got 0"),
-    ],
+from examples import (
+    compress_checkpoint,
+    compress_convnet,
+    compress_llm,
+    memory,
+    on_disk,
+    tiny_digit,
 )
-def test_bad_input_ends_in_one_clear_line(file, tmp_path, monkeypatch, name, rank, complaint):
-    (tmp_path / "broken.safetensors").write_bytes(file.read_bytes()[:-10])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["stream.py", name, "out", "--rank", rank])
-    with pytest.raises(SystemExit) as error:
-        stream.main()
-    assert complaint in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(stream.private_bytes() is None, reason="private memory is not told here")
-def test_private_memory_counts_copies_and_no_mapped_file(tmp_path):
-    save_file({"W": torch.ones(3000, 3000)}, tmp_path / "W.safetensors")
-    stream.give_back()  # or the copy hides in memory that other tests have freed
-    before = stream.private_bytes()
-    with stream.opened(tmp_path / "W.safetensors") as tensors:
-        W = tensors["W"].get_tensor("W")
-        assert W.sum() > 0 and stream.private_bytes() - before < 5e6
-        copy = W.double()
-        assert stream.private_bytes() - before > 0.9 * copy.numel() * 8
-
-
-# --- workers.py ----------------------------------------------------------------------------------
-
-
-def test_two_launches_at_once_agree_with_one_process(model):
-    x = torch.randn(301, 40)  # an odd number: the workers' shares differ
-    given = {"model": model, "inputs": x, "ranks": {"0": 5}}
-    alone = lrf.collect_statistics(model, x)
-    small = lrf.factorize(model, given["ranks"], alone)
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: workers.launch("statistics", given), range(2)))
-    for found in both:
-        for name, s in alone.items():
-            other = found["statistics"][name]
-            assert (other.inputs, other.rows, other.weight) == (s.inputs, s.rows, s.weight)
-            for ours, theirs in ((other.row_sum, s.row_sum), (other.outer_sum, s.outer_sum)):
-                scale = theirs.abs().max().item()  # products are in float32
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * scale)
-        for ours, theirs in zip(found["model"].parameters(), small.parameters()):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("who", "timeout", "message"),
-    [
-        (0, 200, r"^worker 0 of 2 ended with code 3, without a word; the others were ended$"),
-        (5, 0.1, r"^workers \[0, 1\] of 2 were not done after 0.1 s; they were ended$"),
-    ],
-)
-def test_a_dead_or_late_worker_ends_the_call(who, timeout, message):
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=message):
-        workers.launch("death", {"who": who}, timeout=timeout)
-    assert time.monotonic() - start < 150
-
-
-@pytest.mark.parametrize(("job", "world"), [("dance", 2), ("statistics", 0)])
-def test_unknown_jobs_and_no_workers_are_refused(job, world):
-    with pytest.raises(ValueError, match="job must be one of statistics, sharded, death and"):
-        workers.launch(job, {}, world)
-
+from experiments import models, scale
 
 # --- tiny_digit.py -------------------------------------------------------------------------------
 
@@ -257,3 +108,194 @@ def raising(error):
         raise error
 
     return function
+
+
+# --- compress_checkpoint.py ----------------------------------------------------------------------
+
+SIZE = "--keep 0.7 --windows 11 --length 32 --multiple-of 1".split()
+KINDS = [  # type in the file, tied head, biases
+    (torch.float32, True, False),
+    (torch.bfloat16, True, False),
+    (torch.bfloat16, False, False),
+    (torch.float32, False, True),
+]
+
+
+@pytest.fixture
+def make(llama, tmp_path):
+    """A function that makes a model's folder with weights in several files."""
+
+    def function(dtype=torch.float32, tied=True, biased=False):
+        folder = tmp_path / "model"
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+        kind = "Qwen2" if biased else "Llama"
+        config = getattr(transformers, f"{kind}Config")(vocab_size=11, **sizes, **heads)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 3
+            if name.endswith("bias"):
+                parameter.data.normal_()
+        model.to(dtype).save_pretrained(folder, max_shard_size="20KB")
+        transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+        return folder
+
+    return function
+
+
+def command(llama, folder, out):
+    return [str(folder), "--out", str(out), "--text", str(llama / "text.txt"), *SIZE]
+
+
+@pytest.mark.parametrize(("dtype", "tied", "biased"), KINDS)
+def test_block_by_block_is_as_in_memory(make, llama, tmp_path, dtype, tied, biased):
+    folder, out = make(dtype, tied, biased), tmp_path / "out"
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    compress_checkpoint.main(command(llama, folder, out))
+    small, tokenizer = compress_checkpoint.load(out)
+    options = scale.asked(llama / "text.txt", 11, 32)
+    windows, _ = compress_llm.texts(tokenizer, options)
+    known, dense = scale.in_memory(folder, windows)
+    with warnings.catch_warnings(action="ignore"):  # of what the budget does not count
+        table = lrf.rank_options(dense, known)
+    total = sum(dense.get_submodule(name).weight.numel() for name in known)
+    plan = lrf.allocate_ranks(table, 0.7 * total)
+    ranks = json.loads((out / on_disk.INDEX).read_text())["metadata"]["ranks"]
+    assert ranks == {name: rank for name, rank in plan.items() if rank is not None}
+    expected = lrf.factorize(dense, plan, known)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    for name in ranks:
+        ours, theirs = (network.get_submodule(name) for network in (small, expected))
+        assert ours.weight.dtype == dtype and type(ours) is lrf.LowRank
+        P, Q = (pair[1].weight.float() @ pair[0].weight.float() for pair in (ours, theirs))
+        assert (P - Q).norm() < rounding * Q.norm()
+    logits = [network.float()(windows).logits for network in (small, expected)]
+    assert (logits[0] - logits[1]).norm() < rounding * logits[1].norm()
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
+    assert not (out / "unfinished").exists() and (out / "config.json").exists()
+
+
+def test_a_killed_run_goes_on_and_another_is_refused(make, llama, tmp_path, capsys):
+    folder, given = make(), command(llama, make(), tmp_path / "out")
+    compress_checkpoint.main(command(llama, folder, tmp_path / "whole"))
+    run = [sys.executable, compress_checkpoint.__file__, *given]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "backward 2\n":
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    with pytest.raises(SystemExit, match="is of another model or text"):
+        compress_checkpoint.main([*given, "--windows", "10"])
+    capsys.readouterr()
+    compress_checkpoint.main(given)
+    assert "forward 1" not in (said := capsys.readouterr().out) and "backward 2\n" not in said
+    assert scale.largest_difference(tmp_path / "out", tmp_path / "whole") < 1e-5
+
+
+def test_other_weights_are_another_model(make, llama, tmp_path, monkeypatch):
+    folder, given = make(), command(llama, make(), tmp_path / "out")
+    monkeypatch.setattr(compress_checkpoint, "finish", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint.main(given)
+    file = min(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SystemExit, match="is of another model or text"):
+        compress_checkpoint.main(given)
+
+
+def test_two_workers_agree_with_one(make, llama, tmp_path):
+    folder = make()
+    compress_checkpoint.main(command(llama, folder, tmp_path / "one"))
+    local = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    environment = os.environ | ({"GLOO_SOCKET_IFNAME": local} if local else {})
+    run = [sys.executable, compress_checkpoint.__file__, *command(llama, folder, tmp_path / "two")]
+    more = [["--worker", f"{k}/2", "--meet", str(tmp_path / "meet")] for k in range(2)]
+    workers = [subprocess.Popen([*run, *each], env=environment) for each in more]
+    try:
+        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert scale.largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def test_bad_input_ends_in_one_clear_line(make, llama, tmp_path):
+    folder = make()
+    file = min(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(SystemExit, match="is no complete safetensors file"):
+        compress_checkpoint.main(command(llama, folder, tmp_path / "out"))
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(SystemExit, match="no safetensors file in model"):
+        compress_checkpoint.main(command(llama, folder, tmp_path / "out"))
+
+
+def test_sliding_windows_are_refused(make, llama, tmp_path):
+    config = json.loads((path := make() / "config.json").read_text())
+    path.write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 16}))
+    with pytest.raises(SystemExit, match="sliding-window attention"):
+        compress_checkpoint.main(command(llama, path.parent, tmp_path / "out"))
+
+
+@pytest.mark.skipif(memory.private_bytes() is None, reason="private memory is not told here")
+def test_private_memory_counts_copies_and_no_mapped_file(tmp_path):
+    save_file({"W": torch.ones(3000, 3000)}, tmp_path / "W.safetensors")
+    memory.give_back()  # or the copy hides in memory that other tests have freed
+    before = memory.private_bytes()
+    with on_disk.safe_open(tmp_path / "W.safetensors", framework="pt") as tensors:
+        W = tensors.get_tensor("W")
+        assert W.sum() > 0 and memory.private_bytes() - before < 5e6
+        copy = W.double()
+        assert memory.private_bytes() - before > 0.9 * copy.numel() * 8
+
+
+# --- compress_convnet.py -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", (False, True))
+def test_a_convnet_is_compressed_and_loads_again(folder, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    model = models.make_resnet((8, 12, 24, 8))
+    model.conv = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)  # for colors
+    model(torch.randn(40, 3, 32, 32))  # BatchNorm sees something
+    monkeypatch.setattr(compress_convnet, "dense", lambda *_: (fuse(model.eval()), "no weights"))
+    given = "resnet18 --keep 0.6 --size 32 --count 8 --test-count 4 --batch 3 --positions 6"
+    given += f" --out {tmp_path / 'small.safetensors'}"
+    if folder:
+        for k in range(12):
+            Image.new("RGB", (50, 40), (20 * k, 255 - 20 * k, 90)).save(tmp_path / f"{k}.png")
+        given += f" --images {tmp_path}"
+    compress_convnet.main(given.split())
+    text = capsys.readouterr().out
+    share = float(text.splitlines()[-1].split(": ")[1].split("%")[0])
+    assert 50 < share <= 60, text
+    small = compress_convnet.load(tmp_path / "small.safetensors", "resnet18")
+    assert any(isinstance(part, lrf.LowRank) for part in small.modules())
+    assert small(compress_convnet.Noise(2, 32)[1][None]).shape == (1, 10)
+    before, after = (float(line.split()[-1][:-1]) for line in text.splitlines()[-3:-1])
+    assert after < before, text
+
+
+def test_too_few_images_give_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="holds 0 images, fewer than 96"):
+        compress_convnet.main(["resnet18", "--images", str(tmp_path), "--out", "x"])
+
+
+@pytest.mark.skipif(memory.private_bytes() is None, reason="private memory is not told here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copying_factors_takes_less_than_a_layer_and_a_half(tmp_path, dtype):
+    name, size, rank = "model.layers.0.mlp.up_proj", 2000, 900
+    source, (A, B) = tmp_path / "model.safetensors", torch.rand(2, 1_998_000).to(dtype)
+    save_file({f"{name}.weight": torch.rand(size, size).to(dtype)}, source)
+    save_file({"A": A.view(size, 999), "B": B.view(999, size)}, tmp_path / f"{name}.safetensors")
+    del A, B
+    model = type("Source", (), {"tensors": {f"{name}.weight": on_disk.safe_open(source, "pt")}})
+    with memory.MemoryLog() as log:
+        entries = compress_checkpoint.entries_of(model, tmp_path, f"{name}.weight", {name: rank})
+        on_disk.write(tmp_path / "out.safetensors", entries)
+    assert log.peak < 1.5 * size**2 * dtype.itemsize / 1e6

@@ -1,20 +1,21 @@
 """What the tables of lessons 11 and 12 rest on: rounding, packed files, ONNX models, SVDs."""
 
-import functools
 import inspect
 import json
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
+import lrf_utils as lrf
 import notebook_utils as nb
 from examples import tiny_digit
 from experiments import models, quantization, runtime, scale
 from experiments.models import best_step, gptq, output_error, rounded
 
 
-@pytest.mark.parametrize("function", (rounded, best_step, gptq, output_error))
+@pytest.mark.parametrize("function", (rounded, best_step, gptq))
 def test_lesson_11_shows_the_code_behind_its_tables(function):
     path = nb.ROOT / "notebooks" / "11_deployment.ipynb"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -58,7 +59,7 @@ def test_best_step_clips_where_that_pays(W):
 
 def test_gptq_changes_outputs_less_and_weights_more(W, C):
     step = best_step(W, 3)
-    near, ours = W - rounded(W, step, 3), W - gptq(W, C, 3, step)
+    near, ours = W - rounded(W, step, 3), W - gptq(W, C, lambda w, j: rounded(w, step, 3))
     assert output_error(ours, C) < 0.7 * output_error(near, C)
     assert ours.norm() > near.norm()
 
@@ -69,10 +70,33 @@ def test_rows_with_an_outlier_get_a_level_at_0(W):
     grid = quantization.best_grid(W, 3, importance)
     Q = quantization.rounded_to(W, grid, 3)
     assert (grid.zero[:6] == 3).all() and (grid.zero[6:] == 4).all()  # more room on one side
+    assert grid.step.shape == W.shape and (grid.step == grid.step[:, :1]).all()
     assert all(len(row.unique()) <= 8 for row in Q)
-    halves = rounded(W, best_step(W, 3, importance), 3)
+    step = grid.step[:, :1]
+    halves = rounded(W, step, 3)  # the same steps, without a level at 0
     lost, lost_by_halves = ((M - W).square() @ importance for M in (Q, halves))
     assert (lost < 0.5 * lost_by_halves).all()
+
+
+@pytest.mark.parametrize("how", ("nearest", "GPTQ", "AWQ"))
+def test_groups_have_steps_of_their_own(W, C, how):
+    Q = quantization.matrix_at(W, C, 2, how, group=10)
+    if how != "AWQ":  # which divides each column by its scale
+        groups = Q.unflatten(1, (4, 10)).flatten(0, 1)
+        assert all(len(group.unique()) <= 4 for group in groups)
+    row = quantization.matrix_at(W, C, 2, "nearest")
+    assert output_error(W - Q, C) < output_error(W - row, C)
+    assert quantization.matrix_bytes(W, 2, 10) == 12 * 40 / 4 + 3 * 12 * 4
+
+
+def test_awq_protects_what_large_inputs_meet(W, C):
+    scale = torch.ones(40).double()
+    scale[5] = 30
+    C = scale[:, None] * C * scale
+    grid = quantization.best_grid(W, 3, torch.ones(40).double())
+    near, ours = W - quantization.rounded_to(W, grid, 3), W - quantization.awq(W, C, 3, 40)
+    assert ours[:, 5].norm() < near[:, 5].norm()
+    assert output_error(ours, C) < 0.7 * output_error(near, C)
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
@@ -108,6 +132,25 @@ def test_a_saved_network_computes_the_same_in_numpy(nets, bits, tmp_path):
     assert (tmp_path / "net.lrq").stat().st_size == quantization.size_in_bytes(
         model, bits
     ) + header
+
+
+@pytest.mark.parametrize("bits", quantization.AT_12_KB)
+def test_pairs_and_their_narrower_rivals_take_the_same_bytes(bits):
+    ranks, widths = quantization.AT_12_KB[bits]
+    for model in (lrf.factorize(nb.make_mlp(), ranks), nb.make_mlp(widths)):
+        assert 12_000 < quantization.size_in_bytes(model, bits) < 12_300
+
+
+def test_torchao_rounds_as_its_bytes_say(monkeypatch):
+    pytest.importorskip("torchao", reason="only the table of lesson 11 needs it")
+    torch.manual_seed(0)
+    W = torch.randn(64, 128).double()
+    monkeypatch.setattr(quantization.minilm, "weights", lambda: {"layer": W})
+    monkeypatch.setattr(quantization.minilm, "total", W.numel)
+    for bits, groups, error in ((8, 64, 0.01), (4, 256, 0.15)):
+        matrices, size = quantization.torchao_model(bits)
+        assert size == W.numel() * bits / 8 + 4 * groups
+        assert (matrices["layer"] - W).norm() < error * W.norm()
 
 
 def test_training_moves_rounded_weights(nets):
@@ -162,6 +205,58 @@ def test_fewer_bits_are_fewer_bytes_and_a_small_error(make, size, error):
     assert dense.SerializeToString() == before
 
 
+@pytest.fixture(scope="module")
+def encoder():
+    """A BERT of two blocks with random weights, one layer a pair."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = models.SentenceEncoder(transformers.BertModel(config, add_pooling_layer=False))
+    for parameter in network.parameters():  # as they come, biases are 0
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return lrf.factorize(network.eval(), {"bert.encoder.layer.1.intermediate.dense": 8})
+
+
+BATCHES = [
+    {"input_ids": torch.tensor([[1, 7, 9, 4, 2]]), "attention_mask": torch.ones(1, 5).long()},
+    {
+        "input_ids": torch.tensor([[1, 7, 9, 2], [1, 2, 0, 0], [3, 4, 5, 6]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
+    },
+]
+
+
+def test_an_encoder_is_the_same_in_onnx_and_in_numpy(encoder, tmp_path):
+    models.encoder_to_onnx(encoder, tmp_path / "encoder.onnx")
+    there = models.OnnxEncoder(tmp_path / "encoder.onnx")
+    tensors = {name: tensor.numpy() for name, tensor in encoder.bert.state_dict().items()}
+    for batch in BATCHES:
+        with torch.no_grad():
+            expected = encoder(**batch)
+        torch.testing.assert_close(there(**batch), expected, atol=1e-5, rtol=0)
+        arrays = (each.numpy() for each in batch.values())
+        found = torch.tensor(models.numpy_encoder(tensors, 4, *arrays)).float()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", (None, 8, 4))
+def test_an_exported_encoder_names_no_folder(encoder, tmp_path, bits):
+    file = tmp_path / "encoder.onnx"
+    models.encoder_to_onnx(encoder, file)
+    if bits:
+        models.encoder_in_bits(file, tmp_path / "small.onnx", bits)
+        small = tmp_path / "small.onnx"
+        assert small.stat().st_size < file.stat().st_size
+        with torch.no_grad():
+            cosine = (models.OnnxEncoder(small)(**BATCHES[1]) * encoder(**BATCHES[1])).sum(1)
+        assert (cosine > {8: 0.99, 4: 0.9}[bits]).all()
+        file = small
+    data = file.read_bytes()
+    assert not any(trace in data for trace in (b".py", b"stack_trace", str(nb.ROOT).encode()))
+
+
 def test_both_stacks_compute_the_same():
     torch.manual_seed(0)
     apart, joined = runtime.Stack(16, 2, False), runtime.Stack(16, 2, True)
@@ -175,27 +270,23 @@ def test_speed_ups_are_over_the_first_call():
     assert list(rows) == ["fast"] and float(rows["fast"]["speed-up"]) > 2
 
 
+def test_only_calls_that_nobody_disturbed_count():
+    calls = {"slow": lambda: sum(range(20_000)), "fast": lambda: sum(range(2_000))}
+    rows = runtime.quiet_speed_ups(calls, threads=0)  # of no thread, nothing is missing
+    assert list(rows) == ["fast"] and float(rows["fast"]["speed-up"]) > 2
+    with pytest.raises(SystemExit, match="2 threads cannot be timed"):
+        runtime.quiet_speed_ups(calls, threads=2, patience=0.05)  # they use one
+
+
 # --- Scale ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_every_decomposition_is_close_to_the_optimum(shape):
-    W = models.slow_matrix(*shape)
-    best = models.product_error(W, *models.full_svd(W, 8))
-    for name, decompose in models.DECOMPOSITIONS.items():
+    W = scale.slow_matrix(*shape)
+    best = scale.product_error(W, *scale.full_svd(W, 8))
+    for name, decompose in scale.DECOMPOSITIONS.items():
         A, B = decompose(W, 8)
         assert A.shape == (shape[0], 8) and B.shape == (8, shape[1])
         limit = 1.3 if "0 iterations" in name else 1.05
-        assert models.product_error(W, A, B) < limit * best, name
-
-
-def test_an_interrupted_run_of_scale_resumes(tmp_path, monkeypatch):
-    calls, path = [], tmp_path / "scale_engines.csv"
-    for engine in ("loop", "threads", "processes", "dask_threads"):
-        monkeypatch.setattr(scale, engine, functools.partial(calls.append, engine))
-    scale.engines(tmp_path)
-    whole = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(whole[:-1]))
-    calls.clear()
-    scale.engines(tmp_path)
-    assert len(calls) == 1 and len(path.read_text().splitlines()) == len(whole)
+        assert scale.product_error(W, A, B) < limit * best, name

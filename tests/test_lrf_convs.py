@@ -219,10 +219,59 @@ def test_refit_through_skip_connections():
     convs = [k for k in lrf.layer_names(network) if k.startswith("layer1")]
     split = {k: split_conv(network.get_submodule(k), "spatial", 24) for k in convs}
     small = lrf.factorize(network, split)
-    fitted, fresh = refit(network, small, x), torch.randn(6, 3, 32, 32)
+    sums = {f"layer1.{k}.conv2": f"layer1.{k}.relu" for k in (0, 1)}
+    fitted, fresh = refit(network, small, x, sums=sums), torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         errors = [(other(fresh) - network(fresh)).square().mean() for other in (small, fitted)]
     assert errors[1] < 0.5 * errors[0]
+
+
+class Residual(nn.Module):
+    """What comes in is already off, since a layer before the shortcut is truncated, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)  # called twice; the sum comes last
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        return self.relu(self.second(x) + x)
+
+
+def residual():
+    model, x = Residual().double().eval(), torch.randn(40, 3, 10, 10).double()
+    parts = {name: split_conv(model.get_submodule(name), "in", 2) for name in ("first", "second")}
+    return model, lrf.factorize(model, parts), x
+
+
+def the_sum(network, x):
+    x = network.first(x).relu()
+    return network.second(x) + x
+
+
+def test_refit_corrects_what_the_shortcut_got_wrong():
+    model, small, x = residual()
+    fitted = refit(model, small, x, sums={"second": "relu"}, ridge=1e-12)
+    target, parts = the_sum(model, x).detach(), fitted.second
+    (target - the_sum(fitted, x)).square().sum().backward()
+    for p in (parts[-1].weight, parts[-1].bias):  # no other last part comes closer
+        assert p.grad.abs().max() < 1e-6 * target.square().sum()
+    alone = refit(model, small, x, ridge=1e-12)
+    errors = [(target - the_sum(other, x)).square().sum() for other in (fitted, alone)]
+    assert errors[0] < 0.98 * errors[1]
+
+
+def test_refit_reads_as_many_positions_as_it_is_told():
+    model, small, x = residual()
+    how = {"sums": {"second": "relu"}}
+    whole, again = (refit(model, small, x, positions=n, **how) for n in (None, 64))  # 8 × 8
+    some = refit(model, small, x, positions=16, **how)
+    torch.testing.assert_close(again.second[-1].weight, whole.second[-1].weight)
+    assert not torch.equal(some.second[-1].weight, whole.second[-1].weight)
+    target = the_sum(model, x)
+    errors = [(target - the_sum(other, x)).square().sum() for other in (whole, some)]
+    assert errors[0] < errors[1] < 1.05 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,40 @@
 """Wrong answers to the exercises of lesson 12, one a cell: its exercise, and what is wrong."""
 
-# %% 1: float32
-gib = 24 * 4 * (3 * 2048**2 + 5632**2) / 2**30
+# %% 1: the gradients are those of the dense model, whatever the ranks
+again = "b"
+share = 2985 * (4096 + 11008) / (4096 * 11008)
 
-# %% 1: one block
-gib = 8 * (3 * 2048**2 + 5632**2) / 2**30
+# %% 1: nothing is decomposed again
+again = "c"
+share = 2985 * (4096 + 11008) / (4096 * 11008)
 
-# %% 1: GB, not GiB
-gib = 24 * 8 * (3 * 2048**2 + 5632**2) / 1e9
+# %% 1: one factor only
+again = "d"
+share = 2985 * 4096 / (4096 * 11008)
 
-# %% 1: Q, K, V and the two that widen read the same
-gib = 24 * 8 * (6 * 2048**2 + 5632**2) / 2**30
-
-
-# %% 2: all of the work
-def half_gram(X, blocks):
-    return X.T @ X
-
-
-# %% 2: not mirrored
-def half_gram(X, blocks):
-    size = X.shape[1] // blocks
-    C = X.new_zeros(X.shape[1], X.shape[1])
-    for i in range(0, X.shape[1], size):
-        C[i : i + size, i:] = X[:, i : i + size].T @ X[:, i:]
-    return C
+# %% 1: factors of full rank
+again = "d"
+share = 4096 * (4096 + 11008) / (4096 * 11008)
 
 
-# %% 2: the blocks on the diagonal twice
-def half_gram(X, blocks):
-    size = X.shape[1] // blocks
-    C = X.new_zeros(X.shape[1], X.shape[1])
-    for i in range(0, X.shape[1], size):
-        C[i : i + size, i:] = X[:, i : i + size].T @ X[:, i:]
-    return C + C.T
+# %% 2: all layers of the block
+def peak(sizes):
+    return 8 * sum(m * m + n * n for m, n in sizes)
+
+
+# %% 2: float32
+def peak(sizes):
+    return 4 * max(m * m + n * n for m, n in sizes)
+
+
+# %% 2: C alone
+def peak(sizes):
+    return 8 * max(n * n for m, n in sizes)
+
+
+# %% 2: the largest weight
+def peak(sizes):
+    return 8 * max(m * n for m, n in sizes)
 
 
 # %% 3: plain means of the means and the covariances
