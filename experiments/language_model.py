@@ -72,7 +72,8 @@ HELD_OUT = [
     for size, kind in product((0.8, 0.9), KINDS)
     for method in ((OURS, "own"), ("SVD-LLM without ridge", "own"))
 ]
-CALIBRATION = [Run(OURS, "own", 0.8, 16, text) for text in ("written", "6 windows", "15 windows")]
+TEXTS = ("written", "6 windows", "15 windows")  # 48, if given
+CALIBRATION = [Run(OURS, "own", 0.8, 16, text) for text in TEXTS]
 # Groups of 64 weights have 32 bits of scales: the second row of a line has the bytes of the first.
 BITS = [Run("rounded", bits=8), Run(OURS, "own", 0.53, 16, "given")]
 BITS += [Run("rounded", bits=4), Run(OURS, "own", 0.529, 8, "given")]
