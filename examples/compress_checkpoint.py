@@ -24,6 +24,7 @@ disk divide the text and the layers, and meet by a file, a new one for each star
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -261,12 +262,13 @@ def compress(options: argparse.Namespace) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     source, work = Source(options.model), options.out / "unfinished"
     work.mkdir(parents=True, exist_ok=True)
-    asked = str([source.digest, options.text, options.windows, options.length, world])
+    calibration, _ = texts(AutoTokenizer.from_pretrained(options.model), options)
+    tokens = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+    asked = str([source.digest, tokens, world])
     settings = work / "settings.txt"
     if rank == 0 and settings.exists() and settings.read_text() != asked:
         sys.exit(f"{work} is of another model or text; remove it or choose another --out")
     settings.write_text(asked)
-    calibration, _ = texts(AutoTokenizer.from_pretrained(options.model), options)
     sweep = Sweep(source, calibration, work, rank, world)
 
     def last() -> Iterator[str]:

@@ -30,17 +30,16 @@ import lrf_utils as lrf
 import notebook_utils as nb
 from experiments.common import ROOT, Table, parse
 from experiments.models import fold, load_cnn, make_cnn, make_separable, option_error, with_norms
+from experiments.resnet import PAIR_COLUMNS, SEEDS, differences, kept_in, measure
 from experiments.training import fit, shuffled
 
 COLUMNS = ["method", "parameters", "MACs", "seed", "accuracy (%)"]
-PAIR_COLUMNS = ["ours", "control", "difference (pp)", "± over images", "± over seeds"]
 PAIRS = (
     ("allocated by MACs, 1/4, 4 epochs", "dense, 5 epochs"),
     ("allocated by MACs, 1/8, 4 epochs", "dense, 5 epochs"),
     ("allocated by MACs, 1/8, 4 epochs", "narrower, 1/8, 9 epochs"),
     ("allocated by MACs, 1/8, 4 epochs", "separable, 1/8, 9 epochs"),
 )
-SEEDS = (0, 1, 2)
 CHECKPOINTS = ROOT / "checkpoints"
 SIZES = {"conv2": 28, "conv3": 14, "conv4": 7}  # what is factorized: height and width of its input
 EPOCHS, MORE = 5, 4  # of the dense network; of the factorized ones after that
@@ -286,48 +285,6 @@ PARTS = {
 # --- Tables --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def correct(model: nn.Module, data: nb.Dataset) -> Tensor:
-    """Which test images the model classifies correctly."""
-    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    predicted = [model(batch).argmax(1) for batch in data.x_test.split(1000)]
-    return torch.cat(predicted) == data.y_test
-
-
-def kept_in(method: str, seed: int) -> Path:
-    return ROOT / "build" / "convolutions" / f"{method.replace('/', '_')}, seed {seed}.pt"
-
-
-def measure(make: Callable[[], nn.Module], nets: CnnNetworks, keep: Path | None) -> dict:
-    model = make()
-    right = correct(model, nets.data)
-    if keep:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(right, keep)
-    return {
-        "parameters": lrf.count_parameters(model),
-        "MACs": lrf.count_macs(model, nets.data.x_test[:1]),
-        "accuracy (%)": f"{100 * right.double().mean():.2f}",
-    }
-
-
-def differences(ours: str, control: str) -> dict[str, str]:
-    """Ours minus the control on the same images, with halves of two 95 % intervals.
-
-    Over the images: these networks, had there been other images. Over the seeds: other networks.
-    """
-    first, second = (
-        torch.stack([torch.load(kept_in(method, seed)) for seed in SEEDS]).double()
-        for method in (ours, control)
-    )
-    gaps = 100 * (first - second)
-    halves = []
-    for values in (gaps.mean(0), gaps.mean(1)):
-        mean, low, high = nb.interval(values.numpy())
-        halves.append(f"{(high - low) / 2:.2f}")
-    return dict(zip(PAIR_COLUMNS[2:], (f"{mean:.2f}", *halves)))
-
-
 def main() -> None:
     options = parse(__doc__, PARTS, SEEDS)
     data, name, folder = nb.load_fashion_mnist(), "convolutions", CHECKPOINTS
@@ -342,15 +299,19 @@ def main() -> None:
     for part in parts:
         for nets in networks:
             for method, make in part(nets):
-                keep = kept_in(method, nets.seed) if method in compared else None
+                keep = kept_in("convolutions", method, nets.seed) if method in compared else None
                 row = {"method": method, "seed": nets.seed}
-                table.add(row, partial(measure, make, nets, keep))
+                table.add(row, partial(measure, make, data, keep))
     if options.validate:
         return
     pairs = Table(options.out / f"{name}_pairs.csv", PAIR_COLUMNS, key=("ours", "control"))
     for ours, control in PAIRS:
-        if all(kept_in(method, seed).exists() for method in (ours, control) for seed in SEEDS):
-            pairs.add({"ours": ours, "control": control}, partial(differences, ours, control))
+        files = [
+            kept_in("convolutions", method, seed) for method in (ours, control) for seed in SEEDS
+        ]
+        if all(file.exists() for file in files):
+            measure_pair = partial(differences, "convolutions", ours, control)
+            pairs.add({"ours": ours, "control": control}, measure_pair)
 
 
 if __name__ == "__main__":

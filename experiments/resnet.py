@@ -321,30 +321,30 @@ def correct(model: nn.Module, data: nb.Dataset) -> Tensor:
     return torch.cat(predicted) == data.y_test
 
 
-def kept_in(method: str, seed: int) -> Path:
-    return ROOT / "build" / "resnet" / f"{method.replace('/', '_')}, seed {seed}.pt"
+def kept_in(folder: str, method: str, seed: int) -> Path:
+    return ROOT / "build" / folder / f"{method.replace('/', '_')}, seed {seed}.pt"
 
 
-def measure(make: Callable[[], nn.Module], nets: ResnetNetworks, keep: Path | None) -> dict:
+def measure(make: Callable[[], nn.Module], data: nb.Dataset, keep: Path | None) -> dict:
     model = make()
-    right = correct(model, nets.data)
+    right = correct(model, data)
     if keep:
         keep.parent.mkdir(parents=True, exist_ok=True)
         torch.save(right, keep)
     return {
         "parameters": lrf.count_parameters(model),
-        "MACs": lrf.count_macs(model, nets.data.x_test[:1]),
+        "MACs": lrf.count_macs(model, data.x_test[:1]),
         "accuracy (%)": f"{100 * right.double().mean():.2f}",
     }
 
 
-def differences(ours: str, control: str) -> dict[str, str]:
+def differences(folder: str, ours: str, control: str) -> dict[str, str]:
     """Ours minus the control on the same images, with halves of two 95 % intervals.
 
     Over the images: these networks, had there been other images. Over the seeds: other networks.
     """
     first, second = (
-        torch.stack([torch.load(kept_in(method, seed)) for seed in SEEDS]).double()
+        torch.stack([torch.load(kept_in(folder, method, seed)) for seed in SEEDS]).double()
         for method in (ours, control)
     )
     gaps = 100 * (first - second)
@@ -367,15 +367,17 @@ def main() -> None:
     for part in (make for key, make in parts.items() if key in options.parts):
         for nets in networks:
             for method, make in part(nets):
-                keep = None if options.validate else kept_in(method, nets.seed)
+                keep = None if options.validate else kept_in("resnet", method, nets.seed)
                 row = {"method": method, "seed": nets.seed}
-                table.add(row, partial(measure, make, nets, keep))
+                table.add(row, partial(measure, make, data, keep))
     if options.validate:
         return
     pairs = Table(options.out / f"{name}_pairs.csv", PAIR_COLUMNS, key=("ours", "control"))
     for ours, control in PAIRS:
-        if all(kept_in(method, seed).exists() for method in (ours, control) for seed in SEEDS):
-            pairs.add({"ours": ours, "control": control}, partial(differences, ours, control))
+        files = [kept_in("resnet", method, seed) for method in (ours, control) for seed in SEEDS]
+        if all(file.exists() for file in files):
+            measure_pair = partial(differences, "resnet", ours, control)
+            pairs.add({"ours": ours, "control": control}, measure_pair)
 
 
 if __name__ == "__main__":

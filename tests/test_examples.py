@@ -194,11 +194,16 @@ def test_a_killed_run_goes_on_and_another_is_refused(make, llama, tmp_path, caps
     assert scale.largest_difference(tmp_path / "out", tmp_path / "whole") < 1e-5
 
 
-def test_other_weights_are_another_model(make, llama, tmp_path, monkeypatch):
+def test_other_text_or_weights_are_refused(make, llama, tmp_path, monkeypatch):
     folder, given = make(), command(llama, make(), tmp_path / "out")
     monkeypatch.setattr(compress_checkpoint, "finish", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint.main(given)
+    text = (path := llama / "text.txt").read_text()
+    path.write_text(text[::-1])
+    with pytest.raises(SystemExit, match="is of another model or text"):
+        compress_checkpoint.main(given)
+    path.write_text(text)
     file = min(folder.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -9,7 +9,7 @@ from torch import nn
 
 import lrf_utils as lrf
 import notebook_utils as nb
-from experiments import convolutions, models, recovery
+from experiments import convolutions, models, recovery, resnet
 from experiments.common import Table
 from experiments.training import fit, shuffled
 
@@ -77,10 +77,10 @@ def test_dense_convolutions_agree_and_train():
     few = nb.Dataset(*(part[:256] for part in data))
     nets = convolutions.CnnNetworks(few, 0)
     with torch.no_grad():
-        accuracy = 100 * convolutions.correct(nets.dense, data).double().mean()
+        accuracy = 100 * resnet.correct(nets.dense, data).double().mean()
     was = committed("convolutions").query("method == 'dense, 5 epochs' and seed == 0").iloc[0]
     assert accuracy.item() == pytest.approx(was["accuracy (%)"], abs=0.05)
-    row = convolutions.measure(lambda: nets.dense, nets, keep=None)
+    row = resnet.measure(lambda: nets.dense, data, keep=None)
     assert (row["parameters"], row["MACs"]) == (was["parameters"], was["MACs"])
     small = nets.repaired(convolutions.uniform(nets.folded, "out", 1 / 4))
     norms = models.with_norms(small, nets.calibration)
