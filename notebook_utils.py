@@ -33,8 +33,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2, 3, 4)  # of the committed baselines
 
-# Our matrices are small: beside other work, several threads mostly wait for one another (lesson 8
-# then takes 14 CPU minutes, not 4). One thread also gives the same last digits on every machine.
+# Our matrices are small: beside other work, several threads mostly wait for one another. And one
+# thread gives the same last digits on every machine.
 torch.set_num_threads(1)
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -384,15 +384,15 @@ _LOOKS = (  # no two have the same marker and line, so that they differ without 
     ("pruned", PINK, "*", "-."),
     ("energy share", OLIVE, "h", ":"),
     ("equal shares", CHARCOAL, "p", "--"),
-    # lesson 8: the four ways to factorize a convolution, and what they are compared with
+    # lesson 8: six ways to factorize a convolution, and a repair
     ("out", NAVY, ">", "-"),
     ("in", RUST, "s", (0, (4, 2))),
     ("spatial", TEAL, "^", (0, (4, 1, 1, 1))),
     ("depthwise", WINE, "D", ":"),
     ("Tucker-2", VIOLET, "v", (0, (5, 1))),
     ("least squares", PURPLE, "o", ":"),
-    ("allocated by MACs", CHARCOAL, "*", "-"),
-    ("separable dense", CHARCOAL, "d", ":"),
+    ("CP", OLIVE, "<", "-."),
+    ("recalibrated", ORANGE, "d", "-."),
     # lessons 5 and 10: published metrics
     ("FWSVD", MAUVE, ">", ":"),
     ("ASVD", TAN, "X", "-."),

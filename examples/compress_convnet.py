@@ -14,6 +14,7 @@ result:
 """
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -118,13 +119,15 @@ class Clock:
     """Prints what a step took, and the largest memory until then."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), time.process_time()
 
     def __call__(self, step: str) -> None:
-        seconds, self.start = time.perf_counter() - self.start, time.perf_counter()
+        now = time.perf_counter(), time.process_time()
+        (seconds, cpu), self.start = (b - a for a, b in zip(self.start, now)), now
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak /= 2**30 if sys.platform == "darwin" else 2**20
-        print(f"{step}: {seconds:.0f} s, at most {peak:.1f} GB so far", flush=True)
+        spent = f"{seconds:.0f} s ({cpu:.0f} s of CPU time)"
+        print(f"{step}: {spent}, at most {peak:.1f} GB so far", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -141,8 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of an image")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--positions", type=int, default=64, help="of each image, for the fit")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
 
+    torch.set_num_threads(options.threads)  # the import of the lessons' code has set it to one
     needed, size = options.count + options.test_count, options.size
     images = Folder(options.images, size) if options.images else Noise(needed, size)
     if len(images) < needed:

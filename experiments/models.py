@@ -1,6 +1,6 @@
 """Networks that a long run shares with a lesson or with another run; nothing is loaded on import.
 
-In this order: perceptrons on MNIST (lessons 7 and 11), convolutions on Fashion-MNIST (lesson 8),
+In this order: perceptrons on MNIST (lessons 7 and 11), a ResNet on Fashion-MNIST (lesson 8),
 the sentence encoder (10), rounding and ONNX (11), large matrices (12).
 """
 
@@ -177,41 +177,7 @@ def sparse_bytes(weights: Iterable[Tensor]) -> dict[str, int]:
     }
 
 
-# --- Convolutions on Fashion-MNIST: lesson 8 -----------------------------------------------------
-
-
-def make_cnn(widths: Sequence[int] = (32, 64, 128, 128)) -> nn.Sequential:
-    """Four convolutions with BatchNorm and ReLU; the second and the third halve the image."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    n = 1
-    for k, (m, stride) in enumerate(zip(widths, (1, 2, 2, 1)), start=1):
-        layers[f"conv{k}"] = nn.Conv2d(n, m, 3, stride, padding=1, bias=False)
-        layers[f"norm{k}"] = nn.BatchNorm2d(m)
-        layers[f"relu{k}"] = nn.ReLU()
-        n = m
-    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(n, 10)}
-    return nn.Sequential(layers)
-
-
-def load_cnn(seed: int, folder: Path = nb.ROOT / "checkpoints") -> nn.Sequential:
-    """The network of ``make_cnn`` that ``experiments.convolutions`` trained with ``seed``."""
-    model = make_cnn()
-    model.load_state_dict(torch.load(folder / f"cnn_seed{seed}.pt", weights_only=True))
-    return model.eval()
-
-
-def make_separable(widths: Sequence[int] = (30, 61, 123, 123)) -> nn.Sequential:
-    """The same layout with depthwise-separable convolutions, BatchNorm and ReLU behind each."""
-
-    def block(n: int, m: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-        conv = nn.Conv2d(n, m, size, stride, padding=size // 2, groups=groups, bias=False)
-        return [conv, nn.BatchNorm2d(m), nn.ReLU()]
-
-    layers = block(1, widths[0], size=3)
-    for n, m, stride in zip(widths, widths[1:], (2, 2, 1)):
-        layers += block(n, n, size=3, stride=stride, groups=n)  # a filter for each channel
-        layers += block(n, m, size=1)  # mixes the channels
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+# --- A ResNet on Fashion-MNIST: lesson 8 ---------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -315,24 +281,6 @@ def with_norms(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def option_error(layer: nn.Conv2d, parts: nn.Sequential, statistics: lrf.Statistics) -> float:
-    """What a split of ``layer`` loses in the metric of the loss, once its last part is refitted.
-
-    All but the last part turn a patch into features, which the last part mixes. So the weight that
-    remains after least squares is the best one among those that see the patch by its features.
-    """
-    W, C = layer.weight.double().flatten(1), statistics.covariance()
-    features = torch.eye(W.shape[1]).view(-1, *layer.weight.shape[1:])  # of each unit patch
-    for part in parts[:-1]:
-        features = F.conv2d(features, part.weight, groups=part.groups)
-    P = features.flatten(1).double()
-    PCP = P.T @ C @ P
-    PCP.diagonal().add_(1e-5 * PCP.diagonal().mean())
-    lost = W - torch.linalg.solve(PCP, P.T @ C @ W.T).T @ P.T
-    return (statistics.metric * (lost @ C @ lost.T)).sum().item()
-
-
 def split_cp(layer: nn.Conv2d, rank: int, ridge: float = 1e-3, sweeps: int = 30) -> lrf.LowRank:
     """CP: 1×1 to ``rank`` channels, a filter on each of them, 1×1; by alternating least squares.
 
@@ -354,7 +302,9 @@ def split_cp(layer: nn.Conv2d, rank: int, ridge: float = 1e-3, sweeps: int = 30)
     last, first, middle = factors
     norms = [factor.norm(dim=0) for factor in factors]
     even = (torch.stack(norms).prod(0) * scale).pow(1 / 3)
-    last, first, middle = (factor / norm * even for factor, norm in zip(factors, norms))
+    tiny = torch.finfo(scale.dtype).tiny  # the ridge makes terms vanish that nobody needs
+    pairs = zip(factors, norms)
+    last, first, middle = (factor / norm.clamp(min=tiny) * even for factor, norm in pairs)
     n, m, geometry = layer.in_channels, layer.out_channels, {}
     for key in ("stride", "padding", "dilation"):
         geometry[key] = getattr(layer, key)
@@ -411,8 +361,10 @@ def split_options(
 ) -> dict[str, dict]:
     """{layer: {(scheme, rank), or None for dense: (MACs, error)}} of all that saves MACs.
 
-    Errors are those of ``option_error``. In some schemes the parts of a lower rank are the first
-    ones of a higher: there one SVD serves all ranks.
+    The error is what remains in the metric of the loss once the last part is fitted anew. All but
+    the last part turn a patch into features, which the last part mixes; so the weight after least
+    squares is the best among those that see the patch by its features. In some schemes the parts
+    of a lower rank are the first ones of a higher: there one SVD serves all ranks.
     """
     options: dict[str, dict] = {}
     for name, shape in input_shapes(model, x, statistics).items():
@@ -437,7 +389,7 @@ def split_options(
                     ridge = 1e-5 * M.diagonal().mean() * torch.eye(k)
                     A = torch.linalg.solve(M + ridge, K.T).T
                     error = whole + (G * (A @ M @ A.T - 2 * A @ K.T)).sum()
-                    options[name][scheme, rank] = (macs, max(0.0, error.item()))
+                    options[name][scheme, rank] = (macs, error.clamp(min=0).item())
     return options
 
 

@@ -1,21 +1,21 @@
 """Lesson 8: a small residual network with low-rank convolutions. Writes resnet*.csv.
 
-    python -m experiments.resnet [--parts dense untrained gauge recovered controls]
+    python -m experiments.resnet [--parts dense untrained gauge recovered controls costs]
                                  [--seeds 0 1 2] [--out FOLDER]
     python -m experiments.resnet --validate
 
 The dense networks are those of checkpoints/resnet_seed*.pt; one that is missing is trained, and
-saved there. All training is in bfloat16 with labels, without distillation; a factorized network
+saved there. All training is in bfloat16 with labels, without a teacher; a factorized network
 gets 4 epochs after the dense one's 5, and every control as many in total. ``--validate`` compares
 learning rates with seed 0, trained on the first 50,000 training images and measured on the other
 10,000, and writes resnet_validation.csv.
-
-resnet_pairs.csv holds the differences of PAIRS on the same images. Which images a network
-classifies correctly is kept in build/, so a pair is compared where both networks were measured.
 """
 
-import copy
 import functools
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,17 +45,12 @@ COLUMNS = ["method", "parameters", "MACs", "seed", "accuracy (%)"]
 SEEDS = (0, 1, 2)
 CHECKPOINTS = ROOT / "checkpoints"
 EPOCHS, MORE = 5, 4  # of the dense network; of the factorized ones after that
-DENSE_RATE, RATE, NARROW_RATE = 1e-2, 1e-2, 2e-2  # peak learning rates
+DENSE_RATE, RATE = 1e-2, 5e-3  # peak learning rates
+NARROW_RATE = {4: 2e-2, 8: 4e-2}
 NARROW = {4: (16, 32, 127, 32), 8: (11, 23, 89, 22)}  # widths with 1/4 and 1/8 of the MACs
 
 SCHEMES = (*lrf_convs.SCHEMES, "CP")
-PAIR_COLUMNS = ["ours", "control", "difference (pp)", "± over images", "± over seeds"]
-PAIRS = tuple(
-    (f"allocated, 1/{parts}, {MORE} epochs", control)
-    for parts in (4, 8)
-    for control in (f"dense, {EPOCHS + MORE} epochs", f"narrower, 1/{parts}, 9 epochs")
-)
-
+SHARES = (4, 8)  # a quarter and an eighth of the MACs
 Plan = Mapping[str, tuple]  # for each layer that is factorized its scheme and rank
 Runs = Iterator[tuple[str, Callable[[], nn.Module]]]
 
@@ -84,27 +79,49 @@ def candidates(layer: nn.Conv2d, schemes: Sequence[str] = SCHEMES) -> Iterator[t
 def uniform(options: Mapping[str, dict], scheme: str, room: float) -> Plan | None:
     """Of each layer an option of the scheme (of 1×1 layers the SVD), all at one share of MACs.
 
-    The largest share that fits into ``room``; None if rank 1 of some layer does not.
+    The largest share that fits into ``room``; then, as long as there is room, one layer after the
+    other gets the next better option. None if rank 1 of some layer does not fit.
     """
+    tables = {}
+    for name, table in options.items():
+        schemes = {option[0] for option in table if option}
+        key = scheme if schemes != {"out"} else "out"
+        tables[name] = {o: value for o, value in table.items() if o and o[0] == key}
     for part in torch.linspace(1, 0, 2001).tolist():
-        plan, spent = {}, 0
-        for name, table in options.items():
-            schemes = {option[0] for option in table if option}
-            key = scheme if schemes != {"out"} else "out"
-            fitting = {
-                option: cost
-                for option, (cost, _) in table.items()
-                if option and option[0] == key and cost <= part * table[None][0]
-            }
+        plan = {}
+        for name, table in tables.items():
+            fitting = [
+                o for o, (cost, _) in table.items() if cost <= part * options[name][None][0]
+            ]
             if not fitting:
                 return None
-            least = max(fitting.values())  # of Tucker-2 the pair of least error among the largest
-            best = [option for option, cost in fitting.items() if cost >= 0.97 * least]
-            plan[name] = min(best, key=lambda option: table[option][1])
-            spent += fitting[plan[name]]
-        if spent <= room:
-            return plan
-    return None
+            most = max(table[option][0] for option in fitting)
+            best = [option for option in fitting if table[option][0] >= 0.97 * most]
+            plan[name] = min(best, key=lambda option: table[option][1])  # of Tucker-2 pairs
+        room_left = room - sum(tables[name][option][0] for name, option in plan.items())
+        if room_left >= 0:
+            break
+    improved = True
+    while improved:
+        improved = False
+        for name, table in tables.items():
+            (cost, error), better = table[plan[name]], []
+            for option, (more, less) in table.items():
+                if cost < more <= cost + room_left and less < error:
+                    better.append((more, option))
+            if better:
+                more, plan[name] = min(better)
+                room_left, improved = room_left - (more - cost), True
+    return plan
+
+
+def read_plan(parts: int, name: str) -> Plan:
+    """A plan for the network of seed 0, as resnet_plans.json has it."""
+    plans = json.loads((ROOT / "results" / "resnet_plans.json").read_text())
+    return {
+        layer: (scheme, tuple(rank) if isinstance(rank, list) else rank)
+        for layer, (scheme, rank) in plans[f"{name}, 1/{parts}"].items()
+    }
 
 
 # --- Networks ------------------------------------------------------------------------------------
@@ -164,6 +181,12 @@ class ResnetNetworks:
     def uniform(self, parts: float, scheme: str) -> Plan | None:
         return uniform(self.all_options, scheme, self.room(parts))
 
+    def plans(self, parts: float) -> dict[str, Plan]:
+        """Every scheme at the same share of each layer's MACs, and the allocation."""
+        plans = {scheme: self.uniform(parts, scheme) for scheme in SCHEMES}
+        plans["allocated"] = self.allocated(parts)
+        return {name: plan for name, plan in plans.items() if plan}
+
     def truncated(self, plan: Plan, model: nn.Module | None = None) -> nn.Module:
         model = self.folded if model is None else model
         layers = {name: model.get_submodule(name) for name in plan}
@@ -196,20 +219,37 @@ class ResnetNetworks:
         sums, names = residual_sums(self.folded), [*plan, "fc"]
         return lrf_convs.refit(self.folded, small, self.calibration, names, sums=sums)
 
-    def recovered(self, parts: float, epochs: int, rate: float) -> nn.Module:
+    def recovered(
+        self, parts: float, epochs: int, rate: float, temperature: float | None = None
+    ) -> nn.Module:
         """Allocated, repaired, and trained with a BatchNorm behind each convolution."""
         model = self.repaired(self.allocated(parts))
-        return fold(self.fit(with_norms(model, self.calibration), epochs, rate))
+        return fold(self.fit(with_norms(model, self.calibration), epochs, rate, temperature))
 
     def from_scratch(
-        self, epochs: int, rate: float, widths: Sequence[int] | None = None
+        self,
+        epochs: int,
+        rate: float,
+        widths: Sequence[int] | None = None,
+        temperature: float | None = None,
     ) -> nn.Sequential:
         torch.manual_seed(self.seed)
         model = make_resnet(widths) if widths else make_resnet()
-        return self.fit(model, epochs, rate)
+        return self.fit(model, epochs, rate, temperature)
 
-    def fit(self, model: nn.Module, epochs: int, rate: float) -> nn.Module:
-        """Train in place with Adam and one cycle, in the layout that is fastest."""
+    @functools.cached_property
+    def teacher(self) -> Tensor:
+        """The logits of the dense network for the training images."""
+        with torch.no_grad():
+            return torch.cat([self.folded(x) for x in self.data.x_train.split(1000)])
+
+    def fit(
+        self, model: nn.Module, epochs: int, rate: float, temperature: float | None = None
+    ) -> nn.Module:
+        """Train in place with Adam and one cycle, in the layout that is fastest.
+
+        With a temperature, the dense network's probabilities take the place of the labels.
+        """
         model.to(memory_format=torch.channels_last).train()
         batches = shuffled(len(self.data.x_train), epochs, self.seed)
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
@@ -220,7 +260,10 @@ class ResnetNetworks:
         def loss_of(batch: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(self.data.x_train[batch]).float()
-            return F.cross_entropy(logits, self.data.y_train[batch])
+            if temperature is None:
+                return F.cross_entropy(logits, self.data.y_train[batch])
+            wanted = (self.teacher[batch] / temperature).softmax(1)
+            return temperature**2 * F.cross_entropy(logits / temperature, wanted)
 
         fit(batches, loss_of, optimizer, schedule)
         return model.to(memory_format=torch.contiguous_format).eval()
@@ -240,40 +283,37 @@ def dense(nets: ResnetNetworks) -> Runs:
 
 
 def dense_rates(nets: ResnetNetworks) -> Runs:
-    """Chosen first: everything else rests on it."""
-    for rate in (5e-3, 1e-2, 2e-2):
-        yield f"dense, {EPOCHS} epochs, rate {rate}", partial(nets.from_scratch, EPOCHS, rate)
+    """That of the fewer epochs is chosen first: everything else rests on it."""
+    for epochs in (EPOCHS, EPOCHS + MORE):
+        for rate in (5e-3, 1e-2, 2e-2):
+            yield f"dense, {epochs} epochs, rate {rate}", partial(nets.from_scratch, epochs, rate)
 
 
 def untrained(nets: ResnetNetworks) -> Runs:
-    """Every scheme at the same share of each layer's MACs, and the allocation; three repairs."""
-    for parts in (2, 4, 8):
-        plans = {scheme: nets.uniform(parts, scheme) for scheme in SCHEMES}
-        plans["allocated"] = nets.allocated(parts)
-        for scheme, plan in plans.items():
-            if plan:
-                name = f"{scheme}, 1/{parts}"
-                yield f"{name}, truncated", partial(nets.truncated, plan)
-                yield f"{name}, channels recalibrated", partial(nets.recalibrated, plan)
-                alone = partial(nets.repaired, plan, sums=False)
-                yield f"{name}, least squares, layers alone", alone
-                yield f"{name}, least squares", partial(nets.repaired, plan)
+    """Each plan truncated, and after three repairs."""
+    for parts in SHARES:
+        for scheme, plan in nets.plans(parts).items():
+            name = f"{scheme}, 1/{parts}"
+            yield f"{name}, truncated", partial(nets.truncated, plan)
+            yield f"{name}, channels recalibrated", partial(nets.recalibrated, plan)
+            alone = partial(nets.repaired, plan, sums=False)
+            yield f"{name}, least squares, layers alone", alone
+            yield f"{name}, least squares", partial(nets.repaired, plan)
 
 
 def gauge(nets: ResnetNetworks) -> Runs:
     """The same function in other numbers: what the plain SVD makes of it."""
     models = {f"rescaled {draw}": partial(rescaled, nets.folded, draw) for draw in (1, 2, 3)}
     models |= {"equalized": partial(rescaled, nets.folded, None), "folded": lambda: nets.folded}
-    for parts in (4, 8):
-        for scheme in ("spatial", "Tucker-2"):
-            plan = nets.uniform(parts, scheme)
-            for name, model in models.items():
-                name = f"{name}: {scheme}, 1/{parts}"
-                yield f"{name}, truncated", lambda p=plan, m=model: nets.truncated(p, m())
-                yield f"{name}, least squares", lambda p=plan, m=model: nets.repaired(p, m())
-            name = f"raw weights: {scheme}, 1/{parts}"
-            yield f"{name}, truncated", partial(nets.raw, plan)
-            yield f"{name}, least squares", partial(nets.raw, plan, repair=True)
+    for scheme in ("spatial", "Tucker-2"):
+        plan = nets.uniform(4, scheme)
+        for name, model in models.items():
+            name = f"{name}: {scheme}, 1/4"
+            yield f"{name}, truncated", lambda p=plan, m=model: nets.truncated(p, m())
+            yield f"{name}, least squares", lambda p=plan, m=model: nets.repaired(p, m())
+        yield f"raw weights: {scheme}, 1/4, truncated", partial(nets.raw, plan)
+        run = partial(nets.raw, plan, repair=True)
+        yield f"raw weights: {scheme}, 1/4, least squares", run
 
 
 def recovered(nets: ResnetNetworks) -> Runs:
@@ -285,19 +325,31 @@ def recovered(nets: ResnetNetworks) -> Runs:
 def controls(nets: ResnetNetworks) -> Runs:
     total = EPOCHS + MORE
     for parts in (8, 4):
-        run = partial(nets.from_scratch, total, NARROW_RATE, NARROW[parts])
+        run = partial(nets.from_scratch, total, NARROW_RATE[parts], NARROW[parts])
         yield f"narrower, 1/{parts}, {total} epochs", run
     yield f"dense, {total} epochs", partial(nets.from_scratch, total, DENSE_RATE)
 
 
 def rates(nets: ResnetNetworks) -> Runs:
-    """Of ours and of the controls."""
-    for rate in (2.5e-3, 5e-3, 1e-2, 2e-2):
-        run = partial(nets.recovered, 8, MORE, rate)
-        yield f"allocated, 1/8, {MORE} epochs, rate {rate}", run
-    for rate in (5e-3, 1e-2, 2e-2, 4e-2):
-        run = partial(nets.from_scratch, EPOCHS + MORE, rate, NARROW[8])
-        yield f"narrower, 1/8, {EPOCHS + MORE} epochs, rate {rate}", run
+    """Of ours and of the narrower networks."""
+    total = EPOCHS + MORE
+    for parts, ours, theirs in (
+        (8, (2.5e-3, 5e-3, 1e-2, 2e-2), (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+        (4, (2.5e-3, 5e-3, 1e-2), (1e-2, 2e-2, 4e-2)),
+    ):
+        for rate in ours:
+            run = partial(nets.recovered, parts, MORE, rate)
+            yield f"allocated, 1/{parts}, {MORE} epochs, rate {rate}", run
+        for rate in theirs:
+            run = partial(nets.from_scratch, total, rate, NARROW[parts])
+            yield f"narrower, 1/{parts}, {total} epochs, rate {rate}", run
+
+
+def taught(nets: ResnetNetworks) -> Runs:
+    """Ours with the dense network as the teacher, at the rate that is best with labels."""
+    for temperature in (1, 2, 4):
+        name = f"allocated, 1/8, {MORE} epochs, teacher, temperature {temperature}, rate {RATE}"
+        yield name, partial(nets.recovered, 8, MORE, RATE, temperature)
 
 
 PARTS = {
@@ -307,56 +359,39 @@ PARTS = {
     "recovered": recovered,
     "controls": controls,
 }
-CHOICES = {"dense-rates": dense_rates, "rates": rates}
+CHOICES = {"dense-rates": dense_rates, "rates": rates, "taught": taught}
 
 
 # --- Tables --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def correct(model: nn.Module, data: nb.Dataset) -> Tensor:
-    """Which test images the model classifies correctly."""
-    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    predicted = [model(batch).argmax(1) for batch in data.x_test.split(1000)]
-    return torch.cat(predicted) == data.y_test
-
-
-def kept_in(folder: str, method: str, seed: int) -> Path:
-    return ROOT / "build" / folder / f"{method.replace('/', '_')}, seed {seed}.pt"
-
-
-def measure(make: Callable[[], nn.Module], data: nb.Dataset, keep: Path | None) -> dict:
+def measure(make: Callable[[], nn.Module], data: nb.Dataset) -> dict:
     model = make()
-    right = correct(model, data)
-    if keep:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(right, keep)
     return {
         "parameters": lrf.count_parameters(model),
         "MACs": lrf.count_macs(model, data.x_test[:1]),
-        "accuracy (%)": f"{100 * right.double().mean():.2f}",
+        "accuracy (%)": f"{100 * lrf.accuracy(model, data.x_test, data.y_test):.2f}",
     }
 
 
-def differences(folder: str, ours: str, control: str) -> dict[str, str]:
-    """Ours minus the control on the same images, with halves of two 95 % intervals.
-
-    Over the images: these networks, had there been other images. Over the seeds: other networks.
-    """
-    first, second = (
-        torch.stack([torch.load(kept_in(folder, method, seed)) for seed in SEEDS]).double()
-        for method in (ours, control)
-    )
-    gaps = 100 * (first - second)
-    halves = []
-    for values in (gaps.mean(0), gaps.mean(1)):
-        mean, low, high = nb.interval(values.numpy())
-        halves.append(f"{(high - low) / 2:.2f}")
-    return dict(zip(PAIR_COLUMNS[2:], (f"{mean:.2f}", *halves)))
+def costs(folder: Path) -> None:
+    """What examples/compress_convnet.py takes at 224×224 pixels, step by step; random weights."""
+    columns = ["model", "step", "s", "CPU s", "GB"]
+    table = Table(folder / "resnet_costs.csv", columns, key=("model", "step"))
+    said = r"(.+): (\d+) s \((\d+) s of CPU time\), at most ([\d.]+) GB"
+    for name in ("resnet18", "resnet50"):
+        if {"model": name, "step": "least squares"} in table:
+            continue
+        file = ROOT / "build" / f"{name}.safetensors"
+        command = [sys.executable, "examples/compress_convnet.py", name, "--out", str(file)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        for step, *values in re.findall(said, run.stdout):
+            values = dict(zip(columns[2:], values))
+            table.add({"model": name, "step": step}, lambda values=values: values)
 
 
 def main() -> None:
-    options = parse(__doc__, [*PARTS, *CHOICES], SEEDS)
+    options = parse(__doc__, [*PARTS, *CHOICES, "costs"], SEEDS)
     data, name, folder = nb.load_fashion_mnist(), "resnet", CHECKPOINTS
     parts, seeds = PARTS, options.seeds
     if options.validate:
@@ -364,20 +399,21 @@ def main() -> None:
         folder, parts, seeds = ROOT / "build" / "validation", CHOICES, [0]
     networks = [ResnetNetworks(data, seed, folder) for seed in seeds]
     table = Table(options.out / f"{name}.csv", COLUMNS, key=("method", "seed"))
+    if "untrained" in options.parts and 0 in seeds and not options.validate:
+        nets = networks[seeds.index(0)]
+        plans = {
+            f"{name}, 1/{share}": plan
+            for share in SHARES
+            for name, plan in nets.plans(share).items()
+        }
+        (options.out / "resnet_plans.json").write_text(json.dumps(plans, indent=1) + "\n")
     for part in (make for key, make in parts.items() if key in options.parts):
         for nets in networks:
             for method, make in part(nets):
-                keep = None if options.validate else kept_in("resnet", method, nets.seed)
                 row = {"method": method, "seed": nets.seed}
-                table.add(row, partial(measure, make, data, keep))
-    if options.validate:
-        return
-    pairs = Table(options.out / f"{name}_pairs.csv", PAIR_COLUMNS, key=("ours", "control"))
-    for ours, control in PAIRS:
-        files = [kept_in("resnet", method, seed) for method in (ours, control) for seed in SEEDS]
-        if all(file.exists() for file in files):
-            measure_pair = partial(differences, "resnet", ours, control)
-            pairs.add({"ours": ours, "control": control}, measure_pair)
+                table.add(row, partial(measure, make, data))
+    if "costs" in options.parts and not options.validate:
+        costs(options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The long runs of lessons 7 and 8: tables that resume, and rows that are cheap to make again."""
+"""The long runs of lesson 7: tables that resume, and rows that are cheap to make again."""
 
 import sys
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import lrf_utils as lrf
 import notebook_utils as nb
-from experiments import convolutions, models, recovery, resnet
+from experiments import models, recovery
 from experiments.common import Table
 from experiments.training import fit, shuffled
 
@@ -47,16 +46,6 @@ def test_each_row_has_a_run(data):
             runs |= {("-".join(map(str, widths)), method) for method, _ in part(nets)}
         rows = committed(name)[["model", "method"]]
         assert runs == set(rows.itertuples(index=False, name=None))
-    trained = ("dense", "recovered", "controls", "more")  # those that need no plan in advance
-    tables = {
-        "": [convolutions.PARTS[part] for part in trained],
-        "_validation": [convolutions.dense, convolutions.choices],
-    }
-    nets = convolutions.CnnNetworks(data, 0)
-    for name, parts in tables.items():
-        rows = committed(f"convolutions{name}")["method"]
-        runs = {method for part in parts for method, _ in part(nets)}
-        assert set(rows[rows.str.contains("epoch")]) <= runs
 
 
 def test_cheap_rows_of_recovery_agree(tmp_path, monkeypatch):
@@ -70,25 +59,6 @@ def test_cheap_rows_of_recovery_agree(tmp_path, monkeypatch):
     both = made.merge(committed("recovery"), on=["model", "method", "parameters", "ratio", "seed"])
     assert len(both) == len(made) == 2
     assert (both["accuracy (%)_x"] - both["accuracy (%)_y"]).abs().max() < 0.05
-
-
-def test_dense_convolutions_agree_and_train():
-    data = nb.load_fashion_mnist()
-    few = nb.Dataset(*(part[:256] for part in data))
-    nets = convolutions.CnnNetworks(few, 0)
-    with torch.no_grad():
-        accuracy = 100 * resnet.correct(nets.dense, data).double().mean()
-    was = committed("convolutions").query("method == 'dense, 5 epochs' and seed == 0").iloc[0]
-    assert accuracy.item() == pytest.approx(was["accuracy (%)"], abs=0.05)
-    row = resnet.measure(lambda: nets.dense, data, keep=None)
-    assert (row["parameters"], row["MACs"]) == (was["parameters"], was["MACs"])
-    small = nets.repaired(convolutions.uniform(nets.folded, "out", 1 / 4))
-    norms = models.with_norms(small, nets.calibration)
-    with torch.no_grad():
-        torch.testing.assert_close(norms(few.x_test), small(few.x_test), rtol=1e-3, atol=1e-3)
-    trained = nets.continued(small, epochs=1, rate=1e-3)
-    assert lrf.count_macs(trained, few.x_test[:1]) == lrf.count_macs(small, few.x_test[:1])
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in trained.modules())
 
 
 def test_fit_takes_the_steps_of_the_lessons(data):
