@@ -1,18 +1,17 @@
 """Fewer bits and fewer ranks at equal bytes, behind lesson 11: results/quantized_*.csv.
 
-    python -m experiments.quantization [--parts shipped encoder trained untrained files layers]
+    python -m experiments.quantization [--parts shipped encoder trained untrained layers]
         [--seeds 0 1 2 3 4] [--validate] [--out FOLDER]
 
 ``shipped``: MiniLM as six files that ONNX Runtime runs, with their times (quantized_shipped.csv).
 ``encoder``: its 36 linear layers by more quantizers, without files (quantized_minilm.csv); the
 rows of torchao need ``pip install torchao==0.18.0`` and are left out without it. Both hold at
-which place each query found its definition. ``layers``: 18 of these layers one by one
-(quantized_layers.csv).
+which of 2,000 places each of 2,000 queries found its definition. ``layers``: six of these
+layers one by one, and a pair for the error of 2 bits (quantized_layers.csv).
 
-``untrained`` and ``trained``: the MNIST network (quantized_mnist.csv). Training also writes the
-networks as packed files, that of seed 0 in 3 bits as checkpoints/tiny.lrq beside the folder of
-the tables and the others to build/; ``files`` measures them as examples/tiny_digit.py reads them
-(quantized_files.csv). ``--validate`` tries the settings of its training with networks trained on
+``untrained`` and ``trained``: the MNIST network (quantized_mnist.csv). Training also writes that
+of seed 0 in 3 bits as checkpoints/tiny.lrq beside the folder of the tables, for
+examples/tiny_digit.py. ``--validate`` tries the settings of its training with networks trained on
 the first 50,000 training images, on the other 10,000 (quantized_validation.csv); the test images
 only measure.
 """
@@ -39,7 +38,6 @@ from torch.nn.utils import parametrize
 
 import lrf_utils as lrf
 import notebook_utils as nb
-from examples import tiny_digit
 from experiments import minilm
 from experiments.common import Table, parse
 from experiments.models import (
@@ -55,12 +53,10 @@ from experiments.models import (
 )
 
 MNIST = ["method", "rounding", "bits", "seed", "parameters", "bytes", "accuracy (%)"]
-FILES = ["method", "bits", "seed", "bytes", "accuracy (%)"]
-SHARES = ["first twelfth, weight (%)", "first twelfth, output (%)"]
-LAYERS = ["layer", "method", "bits", "bytes", "output error (%)", *SHARES]
+LAYERS = ["layer", "method", "bits", "bytes", "output error (%)"]
 SCORES = ["MRR (%)", "MRR, dense index (%)", "places", "places, dense index"]
-MINILM = ["method", "bits", "queries", "bytes", "cosine", *SCORES[:3]]
-SHIPPED = ["model", "bits", "queries", "bytes", "1 query (ms)", "64 queries (ms)", *SCORES]
+MINILM = ["method", "bits", "bytes", "cosine", "MRR (%)", "places"]
+SHIPPED = ["model", "bits", "bytes", "cosine", "1 query (ms)", "64 queries (ms)", *SCORES]
 
 # --- A network in few bits -----------------------------------------------------------------------
 
@@ -133,15 +129,13 @@ def with_rounding(model: nn.Module, bits: int) -> nn.Module:
 def size_in_bytes(model: nn.Module, bits: int) -> int:
     """Packed codes, and in 16 bits a step for each row and the biases.
 
-    At 16 and 32 bits there are no steps, and every parameter takes as many bits. Of a pruned
-    layer only the kept weights are stored; a bit for each weight says which those are.
+    At 16 and 32 bits there are no steps, and every parameter takes as many bits.
     """
     if bits >= 16:
         return lrf.count_parameters(model) * bits // 8
     size = 0
     for layer in linear_layers(model).values():
-        kept, total = int(layer.weight.count_nonzero()), layer.weight.numel()
-        size += -(-kept * bits // 8) + (-(-total // 8) if kept < total else 0)
+        size += -(-layer.weight.numel() * bits // 8)
         size += 2 * layer.out_features * (1 if layer.bias is None else 2)
     return size
 
@@ -203,26 +197,14 @@ def in_bits(nets: MnistNetworks, ratio: float | None, how: str, bits: int) -> nn
 
 
 def untrained(nets: MnistNetworks) -> Runs:
-    """Bits alone, ranks alone, both; and pruning."""
+    """Bits alone, ranks alone, and both."""
     plain = [("none", 32), ("nearest", 8)]
     few = [(how, bits) for bits in (4, 3, 2) for how in ("nearest", "GPTQ")]
     for how, bits in plain + few:
         yield "dense", how, bits, partial(in_bits, nets, None, how, bits)
-    for ratio in (2, 4, 6, 8, 12, 7.7):
+    for ratio in (2, 4, 6, 8, 12):
         for how, bits in [*plain, ("GPTQ", 4)]:
             yield f"low rank, {ratio}x", how, bits, partial(in_bits, nets, ratio, how, bits)
-    yield "pruned to 30 %", "nearest", 8, partial(pruned, nets, 0.3)
-
-
-def pruned(nets: MnistNetworks, share: float) -> nn.Module:
-    """The largest weights in 8 bits, the others at 0."""
-    weights = [layer.weight.detach() for layer in linear_layers(nets.dense).values()]
-    threshold = torch.cat([W.flatten().abs() for W in weights]).quantile(1 - share)
-    model = quantized(nets.dense, 8)
-    with torch.no_grad():
-        for W, layer in zip(weights, linear_layers(model).values()):
-            layer.weight.mul_(W.abs() >= threshold)
-    return model
 
 
 # At 12.3 kB or just below, by bits: the ranks of fc1 and fc2, or the widths of a dense network.
@@ -231,100 +213,52 @@ AT_12_KB: dict[int, tuple[dict[str, int], tuple[int, ...]]] = {
     2: ({"fc1": 33, "fc2": 17}, (784, 49, 127, 10)),
     4: ({"fc1": 16, "fc2": 8}, (784, 24, 127, 10)),
 }
-EPOCHS = {"low rank": 10, "narrower dense": 13}  # the pairs' dense network had three before
-TRAINED = (  # method, bits, epochs, peak of the rate; chosen with --validate
-    ("low rank, 8x", 3, 10, 5e-3),
-    ("low rank, 8x", 2, 10, 2e-3),  # the rows in the table still have 5 epochs, which is worse
-    *((f"{kind}, 12 kB", bits, EPOCHS[kind], 5e-3) for bits in AT_12_KB for kind in EPOCHS),
-    ("dense", 2, 10, 2e-3),
-)
-TRIED = (
-    ("narrower dense, 12 kB", 3, 13, 5e-3),
-    *itertools.product(["low rank, 8x"], (3, 2), (10, 5), (5e-3, 2e-3)),
-    *itertools.product(["narrower dense, 12 kB"], (3,), (13,), (1e-2, 2e-3)),
-    ("low rank, 8x", 3, 10, 1e-2),
-    *itertools.product(["low rank, 12 kB"], (2, 4), (10,), (5e-3, 1e-2, 2e-3)),
-    *itertools.product(["narrower dense, 12 kB"], (2, 4), (13,), (5e-3, 1e-2, 2e-3)),
-    *itertools.product(["dense"], (2,), (10,), (5e-3, 2e-3, 1e-3)),
-)
+EPOCHS = {"narrower dense": 13, "low rank": 10}  # the pairs' dense network had three before
+RATES = (5e-3, 2e-3, 1e-2)  # peaks; with --validate, the first is the best of them
 
 
 def train_rounded(
-    nets: MnistNetworks, method: str, bits: int, epochs: int, rate: float, file: Path | None = None
+    nets: MnistNetworks, kind: str, bits: int, rate: float, file: Path | None = None
 ) -> nn.Module:
-    """A network trained through the rounding: lesson 7's pairs, or what they compete with."""
-    if method == "dense":
-        model = copy.deepcopy(nets.dense)
-    elif method == "low rank, 8x":
-        model = nets.by_loss(MLP_8X)
-    elif method == "low rank, 12 kB":
-        model = nets.by_loss(AT_12_KB[bits][0])
-    else:
-        model = nets.narrow(AT_12_KB[bits][1])
-    nets.fit(with_rounding(model, bits), epochs, rate)
+    """A network trained through the rounding: pairs, or what they compete with."""
+    ranks, widths = AT_12_KB[bits]
+    model = nets.by_loss(ranks) if kind == "low rank" else nets.narrow(widths)
+    nets.fit(with_rounding(model, bits), EPOCHS[kind], rate)
     if file:
         save(model, bits, file)
     return model
 
 
 def trained(nets: MnistNetworks, out: Path) -> Runs:
-    for method, bits, epochs, rate in TRAINED:
-        if (method, bits) == ("low rank, 12 kB", 3):
-            continue  # the same as low rank, 8x
-        file = file_of(method, bits, nets.seed, out) if method in WRITTEN else None
-        make = partial(train_rounded, nets, method, bits, epochs, rate, file)
-        yield f"{method}, {epochs} epochs", "trained", bits, make
+    for bits, kind in itertools.product(AT_12_KB, EPOCHS):
+        written = (kind, bits, nets.seed) == ("low rank", 3, 0)
+        file = out.parent / "checkpoints" / "tiny.lrq" if written else None
+        make = partial(train_rounded, nets, kind, bits, RATES[0], file)
+        yield f"{kind}, 12 kB", "trained", bits, make
 
 
 def choices(nets: MnistNetworks) -> Runs:
-    """The settings above among others."""
-    for method, bits, epochs, rate in TRIED:
-        make = partial(train_rounded, nets, method, bits, epochs, rate)
-        yield f"{method}, {epochs} epochs, rate {rate}", "trained", bits, make
+    """The rate above among others."""
+    for bits, kind, rate in itertools.product(AT_12_KB, EPOCHS, RATES):
+        make = partial(train_rounded, nets, kind, bits, rate)
+        yield f"{kind}, 12 kB, rate {rate}", "trained", bits, make
 
 
-def measure(method: str, bits: int, make: Callable, data: nb.Dataset) -> dict[str, Any]:
+def measure(bits: int, make: Callable, data: nb.Dataset) -> dict[str, Any]:
     model = make()
-    count, size = lrf.count_parameters(model), size_in_bytes(model, bits)
-    if method.startswith("pruned"):  # the weights that are kept
-        count = sum(int(layer.weight.count_nonzero()) for layer in linear_layers(model).values())
     accuracy = 100 * lrf.accuracy(model, data.x_test, data.y_test)
-    return {"parameters": count, "bytes": size, "accuracy (%)": f"{accuracy:.2f}"}
+    return {
+        "parameters": lrf.count_parameters(model),
+        "bytes": size_in_bytes(model, bits),
+        "accuracy (%)": f"{accuracy:.2f}",
+    }
 
 
 def record(path: Path, runs: Runs, nets: MnistNetworks) -> None:
     table = Table(path, MNIST, key=MNIST[:4])
     for method, how, bits, make in runs:
         row = {"method": method, "rounding": how, "bits": bits, "seed": nets.seed}
-        table.add(row, partial(measure, method, bits, make, nets.data))
-
-
-WRITTEN = ("low rank, 8x",)  # as packed files
-
-
-def file_of(method: str, bits: int, seed: int, out: Path) -> Path:
-    if (method, bits, seed) == ("low rank, 8x", 3, 0):
-        return out.parent / "checkpoints" / "tiny.lrq"
-    name = method.replace(", ", "_").replace(" ", "_")
-    return out.parent / "build" / f"{name}_{bits}_{seed}.lrq"
-
-
-def files(out: Path) -> None:
-    """What training wrote, read and run with NumPy."""
-    table, data = Table(out / "quantized_files.csv", FILES, key=FILES[:3]), nb.load_mnist()
-    pixels = data.x_test.numpy() * nb.PIXEL_STD + nb.PIXEL_MEAN
-
-    def measure(path: Path) -> dict[str, Any]:
-        found = tiny_digit.classify(pixels, tiny_digit.load(path)).argmax(1)
-        accuracy = 100 * (found == data.y_test.numpy()).mean()
-        return {"bytes": path.stat().st_size, "accuracy (%)": f"{accuracy:.2f}"}
-
-    for method, bits in itertools.product(WRITTEN, (3, 2)):
-        for seed in nb.SEEDS:
-            path = file_of(method, bits, seed, out)
-            if path.exists():
-                row = {"method": method, "bits": bits, "seed": seed}
-                table.add(row, partial(measure, path))
+        table.add(row, partial(measure, bits, make, nets.data))
 
 
 # --- A matrix of a transformer in few bits: its rows hold outliers -------------------------------
@@ -387,8 +321,6 @@ def awq(W: Tensor, C: Tensor, bits: int, group: int) -> Tensor:
 
 def matrix_at(W: Tensor, C: Tensor, bits: int, how: str, group: int | None = None) -> Tensor:
     """``W`` in so many bits, for inputs of covariance ``C``."""
-    if bits == 16:
-        return W.half().to(W)
     V, K = W.float(), C.float()
     if how == "AWQ":
         return awq(V, K, bits, group).to(W)
@@ -407,7 +339,7 @@ def matrix_at(W: Tensor, C: Tensor, bits: int, how: str, group: int | None = Non
 def matrix_bytes(W: Tensor, bits: int, group: int | None = None) -> float:
     """Packed codes, and for each row, or group, a step in 16 bits and a zero point in 8."""
     groups = W.numel() // (group or W.shape[1])
-    return W.numel() * bits / 8 + (3 * groups if bits < 16 else 0)
+    return W.numel() * bits / 8 + 3 * groups
 
 
 def pair_at(A: Tensor, B: Tensor, C: Tensor, bits: int, how: str) -> tuple[Tensor, Tensor]:
@@ -420,91 +352,36 @@ def covariance(name: str, weighted: bool = False) -> Tensor:
     return minilm.statistics(0, weighted)[name].covariance(centered=True, ridge=True)
 
 
-def share_of_first(E: Tensor) -> str:
-    """What the first twelfth of the ranks holds of the squared error, in percent."""
-    squares = torch.linalg.svdvals(E).square()
-    return f"{100 * (squares[: len(squares) // 12].sum() / squares.sum()).item():.2f}"
-
-
-def mended(W: Tensor, Q: Tensor, name: str, space: str, rank: int) -> Tensor:
-    """Q + AB, with AB the best for the weight (SVD) or for the outputs, in one of two metrics."""
-    statistics = None if space == "SVD" else minilm.statistics(0)[name]
-    if space == "response PCA":
-        statistics = dataclasses.replace(statistics, gradient_sum=None)
-    holder = nn.Linear(W.shape[1], W.shape[0]).double()
+def mended(W: Tensor, Q: Tensor, name: str, rank: int) -> Tensor:
+    """Q + AB, with AB the best of its rank for the outputs, and in 16 bits."""
+    statistics = dataclasses.replace(minilm.statistics(0)[name], gradient_sum=None)
+    holder = nn.Linear(*W.T.shape).double()
     with torch.no_grad():
         holder.weight.copy_(W - Q)
     down, up = lrf.factorize_layer(holder, rank, statistics)
     return Q + (up.weight @ down.weight).detach().half().double()
 
 
-class Layer:
-    """The rows of quantized_layers.csv for one layer of MiniLM."""
-
-    def __init__(self, table: Table, name: str) -> None:
-        self.table, self.name = table, name
-        self.W, self.C = minilm.weights()[name], covariance(name)
-        self.root = torch.linalg.cholesky(self.C)
-        self.whole = output_error(self.W, self.C)
-        _, self.S, Vh = torch.linalg.svd(self.W @ self.root, full_matrices=False)
-        self.A = self.W @ self.root @ Vh.T / self.S.sqrt()
-        self.B = self.S.sqrt()[:, None] * torch.linalg.solve(self.root, Vh, left=False)
-
-    def add(
-        self, method: str, bits: int, size: float, make: Callable[[], Tensor], spread: bool = False
-    ) -> None:
-        """``spread``: also where the error sits, in the weight and in the output."""
-
-        def measure() -> dict[str, Any]:
-            E = self.W - make()
-            error = 100 * (output_error(E, self.C) / self.whole).item()
-            shares = map(share_of_first, (E, E @ self.root)) if spread else ("", "")
-            return {"output error (%)": f"{error:.4f}", **dict(zip(SHARES, shares))}
-
-        row = {"layer": self.name, "method": method, "bits": bits, "bytes": round(size)}
-        self.table.add(row, measure)
-
-    def add_rounded(self, bits: int, how: str) -> None:
-        Q = functools.cache(partial(matrix_at, self.W, self.C, bits, how))
-        size = matrix_bytes(self.W, bits)
-        self.add(how, bits, size, Q, spread=True)
-        if bits == 2 and ".layer.2." in self.name:
-            for space in ("SVD", "response PCA"):
-                method = f"{how} + {space} of rank 32"
-                make = partial(self.mended, Q, space)
-                self.add(method, bits, size + 2 * 32 * sum(self.W.shape), make)
-
-    def mended(self, Q: Callable[[], Tensor], space: str) -> Tensor:
-        return mended(self.W, Q(), self.name, space, 32)
-
-    def add_pair(self, size: float, bits: int, pair_bits: int, how: str) -> None:
-        """The pair with the largest rank that takes at most ``size`` bytes."""
-        rows = 3 if pair_bits < 16 else 0  # bytes for a row's step and zero point
-        per_rank = sum(self.W.shape) * pair_bits / 8 + rows
-        rank = int((size - rows * len(self.W)) / per_rank)
-        if 0 < rank <= min(self.W.shape):
-            A, B = self.A[:, :rank], self.B[:rank]
-            held = matrix_bytes(A, pair_bits) + matrix_bytes(B, pair_bits)
-            make = partial(self.pair, A, B, pair_bits, how)
-            self.add(f"low rank in {pair_bits} bits", bits, held, make)
-
-    def pair(self, A: Tensor, B: Tensor, bits: int, how: str) -> Tensor:
-        A, B = pair_at(A, B, self.C, bits, how)
-        return A @ B
-
-
 def layers(out: Path) -> None:
-    """At equal bytes: rounding, GPTQ, pairs; what mends the error, and where the error sits."""
+    """The layers of block 2 by GPTQ, and what a pair for its error adds."""
     table = Table(out / "quantized_layers.csv", LAYERS, key=LAYERS[:3])
+
+    def add(name: str, W: Tensor, bits: int, rank: int) -> None:
+        def measure() -> dict[str, Any]:
+            C = covariance(name)
+            Q = matrix_at(W, C, bits, "GPTQ")
+            Q = mended(W, Q, name, rank) if rank else Q
+            size = matrix_bytes(W, bits) + 2 * rank * sum(W.shape)
+            error = 100 * (output_error(W - Q, C) / output_error(W, C)).item()
+            return {"bytes": round(size), "output error (%)": f"{error:.4f}"}
+
+        method = f"GPTQ + response PCA of rank {rank}" if rank else "GPTQ"
+        table.add({"layer": name, "method": method, "bits": bits}, measure)
+
     for name, W in minilm.weights().items():
-        if int(name.split(".")[3]) not in (0, 2, 5):  # blocks
-            continue
-        layer = Layer(table, name)
-        for bits in (4, 3, 2):
-            for how in ("nearest", "GPTQ"):
-                layer.add_rounded(bits, how)
-            for pair_bits, how in ((16, "none"), (8, "nearest"), (4, "GPTQ"), (3, "GPTQ")):
-                layer.add_pair(matrix_bytes(W, bits), bits, pair_bits, how)
+        if ".layer.2." in name:
+            for bits, rank in ((3, 0), (2, 0), (2, 32)):
+                add(name, W, bits, rank)
 
 
 # --- The whole encoder ---------------------------------------------------------------------------
@@ -516,14 +393,11 @@ def dense() -> Matrices:
     return minilm.weights(), 4 * minilm.total()
 
 
-def rounded_model(
-    bits: int, how: str, group: int | None = None, weighted: bool = False
-) -> Matrices:
+def rounded_model(bits: int, how: str, group: int) -> Matrices:
     weights = minilm.weights()
     size = sum(matrix_bytes(W, bits, group) for W in weights.values())
     return {
-        name: matrix_at(W, covariance(name, weighted), bits, how, group)
-        for name, W in weights.items()
+        name: matrix_at(W, covariance(name), bits, how, group) for name, W in weights.items()
     }, size
 
 
@@ -543,14 +417,6 @@ def pairs_model(bits: int, how: str, kept: float) -> Matrices:
     return products, size
 
 
-def mended_model(bits: int, rank: int) -> Matrices:
-    """GPTQ, and for each layer's error a pair in the loss metric, in 16 bits."""
-    Q, size = rounded_model(bits, "GPTQ")
-    weights = minilm.weights()
-    both = {name: mended(W, Q[name], name, "loss metric", rank) for name, W in weights.items()}
-    return both, size + 2 * sum(rank * sum(W.shape) for W in weights.values())
-
-
 def encoder_with(matrices: dict[str, Tensor], weighted: bool) -> nn.Module:
     """A copy of MiniLM; the biases make up for the mean of what its weights lose."""
     model, statistics = copy.deepcopy(minilm.dense()), minilm.statistics(0, weighted)
@@ -562,11 +428,11 @@ def encoder_with(matrices: dict[str, Tensor], weighted: bool) -> nn.Module:
     return model
 
 
-def searched(model: Callable, count: int) -> dict[str, str]:
+def searched(model: Callable) -> dict[str, str]:
     """At which place each query finds its definition, in an index of its own and the dense one."""
     columns = ("text", "definition")
-    dense_queries, dense = (minilm.original_embeddings("test", c, count) for c in columns)
-    queries, own = (minilm.encode(model, minilm.sentences("test", c)[:count]) for c in columns)
+    dense_queries, dense = (minilm.original_embeddings("test", c, 2000) for c in columns)
+    queries, own = (minilm.encode(model, minilm.sentences("test", c)) for c in columns)
     row = {"cosine": f"{(queries * dense_queries).sum(1).mean().item():.4f}"}
     for index, documents in (("", own), (", dense index", dense)):
         scores = queries @ documents.T
@@ -576,44 +442,35 @@ def searched(model: Callable, count: int) -> dict[str, str]:
     return row
 
 
-def retrieval(out: Path, count: int = 500) -> None:
-    """Whole encoders: so many queries of the test part among as many definitions."""
-    table = Table(out / "quantized_minilm.csv", MINILM, key=MINILM[:3])
+def encoders(out: Path) -> None:
+    """Whole encoders, by all quantizers."""
+    table = Table(out / "quantized_minilm.csv", MINILM, key=MINILM[:2])
 
     def add(method: str, bits: int, make: Callable, *how: Any, weighted: bool = False) -> None:
         def measure() -> dict[str, Any]:
             matrices, size = make(*how)
-            return {"bytes": round(size)} | searched(encoder_with(matrices, weighted), count)
+            return {"bytes": round(size)} | searched(encoder_with(matrices, weighted))
 
-        table.add({"method": method, "bits": bits, "queries": count}, measure)
+        table.add({"method": method, "bits": bits}, measure)
+
+    def add_rounded(bits: int, how: str, group: int) -> None:
+        add(f"{how}, groups of {group}", bits, rounded_model, bits, how, group)
 
     def add_pairs(bits: int, how: str, kept: float) -> None:
-        method = f"low rank, {100 * kept:.0f} % of the weights"
+        method = f"low rank, {100 * kept:.0f} % of weights"
         add(method, bits, pairs_model, bits, how, kept, weighted=True)
 
-    for bits in (4, 3):
-        for how in ("GPTQ", "AWQ"):
-            add(f"{how}, groups of 128", bits, rounded_model, bits, how, 128)
     add("dense", 32, dense)
-    add_pairs(4, "GPTQ", 0.5)
-    add_pairs(4, "GPTQ", 0.75)
-    add("GPTQ, groups of 32", 3, rounded_model, 3, "GPTQ", 32)
-    add("GPTQ, groups of 128", 2, rounded_model, 2, "GPTQ", 128)
-    add_pairs(8, "nearest", 0.5)
-    for bits in (2, 3, 4):
-        add("GPTQ", bits, rounded_model, bits, "GPTQ")
-    add("nearest, groups of 128", 4, rounded_model, 4, "nearest", 128)
-    add("nearest, groups of 128", 3, rounded_model, 3, "nearest", 128)
+    for bits in (4, 3, 2):
+        add_rounded(bits, "GPTQ", 128)
+    for bits, how, kept in ((4, "GPTQ", 0.5), (4, "GPTQ", 0.75), (8, "nearest", 0.5)):
+        add_pairs(bits, how, kept)
     for bits in (8, 4):
         if importlib.util.find_spec("torchao"):
             add("torchao", bits, torchao_model, bits)
-    add("nearest", 8, rounded_model, 8, "nearest")
-    add("GPTQ, weighted rows", 2, rounded_model, 2, "GPTQ", None, True, weighted=True)
-    add("GPTQ + loss metric of rank 4", 3, mended_model, 3, 4)
-    add("GPTQ, groups of 32", 4, rounded_model, 4, "GPTQ", 32)
-    add("GPTQ, groups of 32", 2, rounded_model, 2, "GPTQ", 32)
-    add_pairs(16, "none", 0.5)
-    add_pairs(8, "nearest", 0.75)
+    others = (("GPTQ", 32), ("AWQ", 128), ("nearest", 128))
+    for bits, (how, group) in itertools.product((4, 3), others):
+        add_rounded(bits, how, group)
 
 
 def torchao_model(bits: int) -> Matrices:
@@ -638,34 +495,28 @@ def torchao_model(bits: int) -> Matrices:
 # --- MiniLM as files that ONNX Runtime runs ------------------------------------------------------
 
 
-def shipped(out: Path, count: int = 500) -> None:
+def shipped(out: Path) -> None:
     """Dense and at half of the weights; in 32, 8 and 4 bits."""
-    table = Table(out / "quantized_shipped.csv", SHIPPED, key=SHIPPED[:3])
-    rows = [
-        {"model": model, "bits": bits, "queries": count}
-        for model in ("dense", "low rank")
-        for bits in BITS
-    ]
+    table = Table(out / "quantized_shipped.csv", SHIPPED, key=SHIPPED[:2])
+    models = ("dense", "pairs")
+    rows = [{"model": model, "bits": bits} for model in models for bits in BITS]
     if all(row in table for row in rows):
         return
     with tempfile.TemporaryDirectory() as folder:
         files = {}
-        for model, network in (("dense", minilm.dense()), ("low rank", half_of_the_weights())):
+        for model, network in (("dense", minilm.dense()), ("pairs", half_of_the_weights())):
             files[model, 32] = Path(folder) / f"{model}.onnx"
             encoder_to_onnx(network, files[model, 32])
             for bits in BITS[1:]:
                 files[model, bits] = Path(folder) / f"{model}_{bits}.onnx"
                 encoder_in_bits(files[model, 32], files[model, bits], bits)
-        encoders = {key: OnnxEncoder(file) for key, file in files.items()}
-        times = shipped_times(encoders)
+        programs = {key: OnnxEncoder(file) for key, file in files.items()}
+        times = shipped_times(programs)
 
         def measure(key: tuple[str, int]) -> dict[str, Any]:
             seconds = {name: f"{1000 * each[key].median():.3f}" for name, each in times.items()}
-            return {
-                "bytes": files[key].stat().st_size,
-                **seconds,
-                **searched(encoders[key], count),
-            }
+            size = {"bytes": files[key].stat().st_size}
+            return size | seconds | searched(programs[key])
 
         for row in rows:
             table.add(row, partial(measure, (row["model"], row["bits"])))
@@ -679,17 +530,17 @@ def half_of_the_weights() -> nn.Module:
     return minilm.compressed("weighted metric", minilm.ranks_of("weighted metric", "ours", 0.5))
 
 
-def shipped_times(encoders: Mapping) -> dict[str, pd.DataFrame]:
+def shipped_times(programs: Mapping) -> dict[str, pd.DataFrame]:
     """Seconds of the thread for 1 query and for 64, all models in turn."""
     found = {}
     for count, name in zip((1, 64), SHIPPED[4:6]):
         (batch,) = minilm.batches_of(minilm.sentences("validation")[:count])
-        calls = {key: partial(encoder, **batch) for key, encoder in encoders.items()}
+        calls = {key: partial(program, **batch) for key, program in programs.items()}
         found[name] = nb.measure(calls, blocks=7, seconds=0.05, clock=time.thread_time)
     return found
 
 
-PARTS = ("shipped", "encoder", "trained", "untrained", "files", "layers")
+PARTS = ("shipped", "encoder", "trained", "untrained", "layers")
 
 
 def main() -> None:
@@ -707,7 +558,7 @@ def main() -> None:
             nets = MnistNetworks(data, seed)
             runs = untrained(nets) if part == "untrained" else trained(nets, out)
             record(out / "quantized_mnist.csv", runs, nets)
-    others = {"shipped": shipped, "encoder": retrieval, "files": files, "layers": layers}
+    others = {"shipped": shipped, "encoder": encoders, "layers": layers}
     for name in options.parts:
         if name in others:
             others[name](out)

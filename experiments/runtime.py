@@ -1,6 +1,6 @@
-"""Times and memory behind lesson 11, in PyTorch and in ONNX Runtime: results/runtime_*.csv.
+"""Times behind lesson 11, in PyTorch and in ONNX Runtime: results/runtime_*.csv.
 
-    python -m experiments.runtime [--parts pairs bits precision calls memory] [--out FOLDER]
+    python -m experiments.runtime [--parts pairs bits precision calls] [--out FOLDER]
 
 Five minutes on an idle thread. A speed-up is a ratio of the thread's computing times; with two
 threads, of the times of calls during which both threads ran without interruption.
@@ -8,21 +8,16 @@ threads, of the times of calls during which both threads ran without interruptio
 ``pairs``: a dense layer against its pair at rank d/16, with weights in the cache (hot) and not
 (cold). ``bits``: width 4096, low rank against 8 and 4 bits, cold, by batch. ``precision``: the
 same layer in 32 bits and in bfloat16, on one thread and on two. ``calls``: eight small layers,
-called one by one, compiled, and in ONNX Runtime. ``memory`` (only on Linux): what a process holds
-for eight layers, if the file has two products for each and if it has ``A @ B``.
+called one by one, compiled, and in ONNX Runtime.
 """
 
 import functools
 import itertools
 import logging
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import onnx
@@ -227,74 +222,7 @@ def calls(out: Path, width: int = 256, rank: int = 16) -> None:
         table.add(row, lambda key=f"{name}, {caller}": times()[key])
 
 
-class Stack(nn.Module):
-    """Eight pairs of layers; ``joined`` multiplies the two matrices before they meet the input."""
-
-    def __init__(self, width: int, rank: int, joined: bool) -> None:
-        super().__init__()
-        self.joined = joined
-        self.pairs = nn.ModuleList()
-        for _ in range(8):
-            down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
-            self.pairs.append(nn.Sequential(down, up))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for down, up in self.pairs:
-            x = F.linear(x, up.weight @ down.weight) if self.joined else up(down(x))
-        return x
-
-
-PROBE = r"""
-import re, sys
-import numpy as np, onnxruntime
-def private():
-    text = open("/proc/self/smaps_rollup").read()
-    return 1024 * sum(int(n) for n in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M))
-settings = onnxruntime.SessionOptions()
-settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-before = private()
-session = onnxruntime.InferenceSession(sys.argv[1], settings, providers=["CPUExecutionProvider"])
-session.run(None, {"x": np.zeros((1, int(sys.argv[2])), "float32")})
-print(private() - before)
-"""  # a program of its own: nothing before it has left memory that could be used again
-
-
-def private_memory(joined: bool, width: int, rank: int) -> dict[str, str]:
-    """Of a process with eight layers, and the size of their weights in the file."""
-    torch.manual_seed(0)
-    stack = Stack(width, rank, joined).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/stack.onnx"
-        example = (torch.zeros(1, width),)
-        torch.onnx.export(stack, example, input_names=["x"], verbose=False).save(file)
-        size = weight_bytes(onnx.load(file))
-        command = [sys.executable, "-c", PROBE, file, str(width)]
-        values = [int(subprocess.check_output(command)) for _ in range(5)]
-    return {
-        "weights in the file (MB)": f"{size / 1e6:.3f}",
-        "private memory (MB)": f"{median(values) / 1e6:.3f}",
-    }
-
-
-def memory(out: Path, width: int = 2048, rank: int = 128) -> None:
-    """What a process holds, by what the file says: two products for each layer, or ``A @ B``."""
-    if platform.system() != "Linux":
-        print("memory: skipped, since private memory is read from /proc, which only Linux has")
-        return
-    columns = ["graph", "width", "rank", "weights in the file (MB)", "private memory (MB)"]
-    table = Table(out / "runtime_memory.csv", columns, key=["graph"])
-    for graph, joined in (("two products", False), ("A @ B", True)):
-        row = {"graph": graph, "width": width, "rank": rank}
-        table.add(row, functools.partial(private_memory, joined, width, rank))
-
-
-PARTS = {
-    "pairs": pairs,
-    "bits": bits,
-    "precision": precision,
-    "calls": calls,
-    "memory": memory,
-}
+PARTS = {"pairs": pairs, "bits": bits, "precision": precision, "calls": calls}
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ def test_training_moves_rounded_weights(nets):
 
 def test_untrained_rows_are_those_of_the_table(nets, tmp_path):
     runs = {run[:3]: run for run in quantization.untrained(nets)}
-    chosen = [runs[key] for key in (("dense", "nearest", 2), ("pruned to 30 %", "nearest", 8))]
+    chosen = [runs[key] for key in (("dense", "nearest", 2), ("dense", "GPTQ", 3))]
     quantization.record(tmp_path / "table.csv", iter(chosen), nets)
     rows = (tmp_path / "table.csv").read_text().splitlines()
     committed = (nb.ROOT / "results" / "quantized_mnist.csv").read_text().splitlines()
@@ -255,13 +255,6 @@ def test_an_exported_encoder_names_no_folder(encoder, tmp_path, bits):
         file = small
     data = file.read_bytes()
     assert not any(trace in data for trace in (b".py", b"stack_trace", str(nb.ROOT).encode()))
-
-
-def test_both_stacks_compute_the_same():
-    torch.manual_seed(0)
-    apart, joined = runtime.Stack(16, 2, False), runtime.Stack(16, 2, True)
-    joined.load_state_dict(apart.state_dict())
-    torch.testing.assert_close(apart(torch.ones(1, 16)), joined(torch.ones(1, 16)))
 
 
 def test_speed_ups_are_over_the_first_call():
