@@ -13,9 +13,13 @@ safetensors files in 16 or 32 bits. The method is that of examples/compress_llm.
 
 So memory holds one block and its statistics, however many blocks there are. A run that was killed
 goes on after the last complete block when the same command is given again, but not with another
-model or text. With ``--keep-work``, another budget needs no sweep. Several workers that share a
-disk divide the text and the layers, and meet by a file, a new one for each start:
-``--worker 0/2 --meet FILE1`` starts the first, ``--worker 1/2 --meet FILE1`` the second.
+model or text. With ``--keep-work``, another budget needs no sweep.
+
+Several workers that share a disk divide the text and the layers. Two on one machine:
+
+    torchrun --local-addr 127.0.0.1 --nproc-per-node 2 examples/compress_checkpoint.py MODEL …
+
+Without the address, torchrun waits where the machine's own name leads nowhere.
 
     from examples.compress_checkpoint import load
     model, tokenizer = load("FOLDER")
@@ -30,6 +34,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +261,9 @@ def finish(source: Source, work: Path, out: Path, ranks: dict[str, int]) -> None
 
 
 def compress(options: argparse.Namespace) -> None:
-    rank, world = map(int, options.worker.split("/"))
-    if world > 1:
-        store = dist.FileStore(str(options.meet), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:  # torchrun has said so; one worker may have to wait for another for long
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     source, work = Source(options.model), options.out / "unfinished"
     work.mkdir(parents=True, exist_ok=True)
     calibration, _ = texts(AutoTokenizer.from_pretrained(options.model), options)
@@ -268,6 +272,8 @@ def compress(options: argparse.Namespace) -> None:
     settings = work / "settings.txt"
     if rank == 0 and settings.exists() and settings.read_text() != asked:
         sys.exit(f"{work} is of another model or text; remove it or choose another --out")
+    if world > 1:
+        dist.barrier()  # nobody goes on before the first worker has looked
     settings.write_text(asked)
     sweep = Sweep(source, calibration, work, rank, world)
 
@@ -284,6 +290,8 @@ def compress(options: argparse.Namespace) -> None:
         print(f"{log.seconds:.1f} s, at most {log.peak:.1f} MB of private memory", flush=True)
     if rank == 0 and not options.keep_work:
         shutil.rmtree(work)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -297,8 +305,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=48, help="to calibrate with")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--multiple-of", type=int, default=16, help="of which ranks are multiples")
-    parser.add_argument("--worker", default="0/1", help="which of how many, such as 0/2")
-    parser.add_argument("--meet", type=Path, help="a new file by which several workers meet")
     parser.add_argument("--keep-work", action="store_true", help="for a run with another --keep")
     parser.set_defaults(test_windows=3)  # of which nothing is used here
     compress(parser.parse_args(arguments))

@@ -1,9 +1,9 @@
 """What takes too long for a cell of lesson 12, or needs Linux: results/scale_*.csv.
 
-    python -m experiments.scale [--parts svd smollm2] [--out FOLDER]
+    python -m experiments.scale [--parts spectra svd smollm2] [--out FOLDER]
 
-One thread, about eight minutes. CPU seconds, which other programs on the machine change little,
-are those of the process. Memory is private memory above that before the call (see
+One thread, about five minutes. CPU seconds, which other programs on the machine change little,
+are those of the thread that computes. Memory is private memory above that before the call (see
 ``examples.memory``), in a process of its own.
 """
 
@@ -36,6 +36,18 @@ transformers.logging.disable_progress_bar()
 # --- Truncated SVDs of a large matrix -----------------------------------------------------------
 
 Factors = tuple[Tensor, Tensor]
+SMOLLM2_WEIGHTS = [
+    "model.embed_tokens",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.15.self_attn.o_proj",
+    "model.layers.15.mlp.up_proj",
+    "model.layers.29.mlp.down_proj",
+]
+MINILM_WEIGHTS = [
+    "embeddings.word_embeddings",
+    "encoder.layer.0.attention.self.query",
+    "encoder.layer.3.intermediate.dense",
+]
 
 
 def slow_matrix(m: int, n: int) -> Tensor:
@@ -75,8 +87,11 @@ DECOMPOSITIONS: dict[str, Callable[[Tensor, int], Factors]] = {
     "randomized, 10 more, 0 iterations": lambda W, r: randomized(W, r, 10, 0),
     "randomized, 10 more, 1 iteration": lambda W, r: randomized(W, r, 10, 1),
     "randomized, 10 more, 2 iterations": lambda W, r: randomized(W, r, 10, 2),
+    "randomized, 10 more, 3 iterations": lambda W, r: randomized(W, r, 10, 3),
+    "randomized, a quarter more, 2 iterations": lambda W, r: randomized(W, r, r // 4, 2),
     "randomized, a quarter more, 3 iterations": lambda W, r: randomized(W, r, r // 4, 3),
     "randomized, half more, 2 iterations": lambda W, r: randomized(W, r, r // 2, 2),
+    "randomized, half more, 3 iterations": lambda W, r: randomized(W, r, r // 2, 3),
 }
 
 
@@ -94,13 +109,19 @@ def measured(file: str, name: str, rank: int) -> tuple[float, float, float]:
         W = tensors.get_tensor("W")  # mapped: it takes no private memory
         decompose(W[:256, :300].clone(), 8)  # the libraries take what they need for themselves
         with MemoryLog() as log:
-            start = time.process_time()
+            start = time.thread_time()  # of this thread, not of the log's
             A, B = decompose(W, rank)
-            spent = time.process_time() - start
+            spent = time.thread_time() - start
         return spent, log.peak, product_error(W, A, B)
 
 
-def svd(out: Path, m: int = 4096, n: int = 11008, rank: int = 512) -> None:
+def optimum(W: Tensor, rank: int) -> float:
+    """The error of the best approximation of this rank."""
+    W = W.double() if len(W) <= W.shape[1] else W.T.double()
+    return torch.linalg.eigvalsh(W @ W.T)[:-rank].clamp(min=0).sum().sqrt().item()
+
+
+def svd(out: Path, m: int = 2048, n: int = 5504, rank: int = 256) -> None:
     columns = ["method", "m", "n", "rank", "CPU seconds", "private MB", "error / optimum"]
     table = Table(out / "scale_svd.csv", columns, key=["method", "m", "n", "rank"])
     with tempfile.TemporaryDirectory() as folder:
@@ -109,18 +130,51 @@ def svd(out: Path, m: int = 4096, n: int = 11008, rank: int = 512) -> None:
         save_file({"W": W}, file)
 
         @functools.cache
-        def optimum() -> float:
-            C = W.double() @ W.double().T
-            return torch.linalg.eigvalsh(C)[:-rank].clamp(min=0).sum().sqrt().item()
+        def best() -> float:
+            return optimum(W, rank)
 
         def measure(name: str) -> dict[str, str]:
             spent, peak, left = alone(measured, file, name, rank)
-            values = f"{spent:.2f}", f"{peak:.0f}", f"{left / optimum():.5f}"
+            values = f"{spent:.2f}", f"{peak:.0f}", f"{left / best():.5f}"
             return dict(zip(columns[4:], values))
 
         for name in DECOMPOSITIONS:
             row = {"method": name, "m": m, "n": n, "rank": rank}
             table.add(row, functools.partial(measure, name))
+
+
+def matrices() -> dict[str, Tensor]:
+    """Trained weights of two language models, and random matrices with other spectra."""
+    found = {}
+    for short, model, names in (
+        ("SmolLM2", nb.load_smollm2()[0], SMOLLM2_WEIGHTS),
+        ("MiniLM", nb.load_minilm()[0], MINILM_WEIGHTS),
+    ):
+        for name in names:
+            found[f"{short}: {name}"] = model.get_submodule(name).weight.data.float()
+    torch.manual_seed(1)
+    found["white noise"] = noise = torch.randn(576, 1536)
+    found["slow fall"] = slow_matrix(576, 1536)
+    found["rank 64 and white noise"] = noise + torch.randn(576, 64) @ torch.randn(64, 1536) / 2
+    return found
+
+
+def spectra(out: Path) -> None:
+    """How far the randomized SVD is from the optimum, at an eighth and a quarter of all ranks."""
+    columns = ["matrix", "m", "n", "rank", "method", "error / optimum"]
+    table = Table(out / "scale_spectra.csv", columns, key=["matrix", "rank", "method"])
+    for name, W in matrices().items():
+        m, n = W.shape
+        for rank in (min(m, n) // 8, min(m, n) // 4):
+            best = functools.cache(functools.partial(optimum, W, rank))
+            for method in (each for each in DECOMPOSITIONS if each.startswith("randomized")):
+                row = {"matrix": name, "m": m, "n": n, "rank": rank, "method": method}
+                table.add(row, functools.partial(above_optimum, W, rank, method, best))
+
+
+def above_optimum(W: Tensor, rank: int, method: str, best: Callable[[], float]) -> dict[str, str]:
+    left = product_error(W, *DECOMPOSITIONS[method](W, rank))
+    return {"error / optimum": f"{left / best():.5f}"}
 
 
 def alone(function: Callable, *given: object) -> object:
@@ -198,40 +252,90 @@ def in_memory(folder: Path, windows: Tensor) -> tuple[dict[str, lrf.Statistics],
     return lrf.collect_statistics(model, windows.split(1), names, **how), model
 
 
-def stages(
+def speeds(size: int = 1024) -> dict[str, float]:
+    """How many operations of each kind one thread does in a second, or how many numbers."""
+    single = torch.randn(size, size)
+    double, logits = single.double(), torch.randn(256, 4 * size)
+    spd = double @ double.T + size * torch.eye(size)
+    large = torch.randn(4 * size, size)  # larger than caches
+    large_double = large.double()
+    calls = {  # how many, and a call
+        "product, float32": (2 * size**3, lambda: single @ single),
+        "product, float64": (2 * size**3, lambda: double @ double),
+        "Cholesky, float64": (size**3 / 3, lambda: torch.linalg.cholesky(spd)),
+        "eigenvectors, float64": (size**3, lambda: torch.linalg.eigh(spd)),
+        "QR, float64": (8 / 3 * size**3, lambda: torch.linalg.qr(double)),
+        "pass, float32": (4 * size**2, lambda: large * large),
+        "pass, float64": (4 * size**2, lambda: large_double * large_double),
+        "draw of a token": (256 * 4 * size, lambda: logits.softmax(1).multinomial(1)),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    each = {kind: call for kind, (_, call) in calls.items()}
+    spent = nb.measure(each, blocks=3, clock=time.thread_time).median()
+    torch.set_num_threads(threads)
+    return {kind: count / spent[kind] for kind, (count, _) in calls.items()}
+
+
+class Clocks:
+    """Seconds of this thread in functions, each without what it calls of the others."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.inner = [0.0]
+
+    def around(self, function: Callable, what: str) -> Callable:
+        def timed(*args: object, **kwargs: object) -> object:
+            start = time.thread_time()
+            self.inner.append(0.0)
+            result = function(*args, **kwargs)
+            spent = time.thread_time() - start
+            self.spent[what] = self.spent.get(what, 0) + spent - self.inner.pop()
+            self.inner[-1] += spent
+            return result
+
+        return timed
+
+
+CLOCKED = {  # whose time is which part of lesson 12's bill
+    "head": [(Sweep, "loss")],
+    "backward": [(Sweep, "statistics")],
+    "statistics": [(lrf._Sums, name) for name in ("add_rows", "add_gradient", "statistics")],
+    "decompositions": [(compress_checkpoint, "nested_factors")],
+}
+
+
+def clocked(
     folder: Path, out: Path, text: Path | None, count: int, length: int
-) -> list[tuple[str, float, float]]:
-    """(stage, CPU seconds, peak of private memory in MB) of compress_checkpoint."""
+) -> tuple[dict[str, float], float, list[dict[str, float]]]:
+    """Seconds of compress_checkpoint, its peak of private memory, speeds before and after."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     windows, _ = compress_llm.texts(tokenizer, asked(text, count, length))
-    work = out / "unfinished"
+    work, clocks, fast = out / "unfinished", Clocks(), [speeds()]
     work.mkdir(parents=True, exist_ok=True)
-    source = Source(folder)
-    sweep = Sweep(source, windows, work, 0, 1)
+    for what, functions in CLOCKED.items():
+        for owner, name in functions:
+            setattr(owner, name, clocks.around(getattr(owner, name), what))
 
     def finish() -> None:
         ranks = compress_checkpoint.choose_ranks(source, work, keep=0.8, multiple_of=16)
         compress_checkpoint.finish(source, work, out, ranks)
 
-    found = []
-    for name, stage in (
-        ("forward", lambda: list(sweep.forward())),
-        ("backward", lambda: list(sweep.backward())),
-        ("finish", finish),
-    ):
-        with MemoryLog() as log:
-            start = time.process_time()
-            stage()
-            spent = time.process_time() - start
-        found.append((name, spent, log.peak))
-    return found
+    with MemoryLog() as log:
+        source = Source(folder)
+        sweep = Sweep(source, windows, work, 0, 1)
+        clocks.around(lambda: list(sweep.forward()), "forward")()
+        clocks.around(lambda: list(sweep.backward()), "files")()
+        clocks.around(finish, "files")()
+    return clocks.spent, log.peak, [*fast, speeds()]
 
 
 def smollm2(out: Path, count: int = 6, length: int = 256) -> None:
-    """SmolLM2 in bfloat16, from folder to folder: what each stage costs."""
-    columns = ["stage", "tokens", "file MB", "CPU seconds", "private MB"]
-    table = Table(out / "scale_smollm2.csv", columns, key=["stage"])
-    if {"stage": "finish"} in table:
+    """SmolLM2 in bfloat16, from folder to folder: what each part costs, and the speeds then."""
+    columns = ["part", "tokens", "file MB", "CPU seconds", "private MB"]
+    table = Table(out / "scale_smollm2.csv", columns, key=["part"])
+    rates = Table(out / "scale_speeds.csv", ["kind", "per second"], key=["kind"])
+    if {"part": "files"} in table:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "model")
@@ -239,13 +343,17 @@ def smollm2(out: Path, count: int = 6, length: int = 256) -> None:
         for part in (model.bfloat16(), tokenizer):
             part.save_pretrained(folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
-        about = {"tokens": count * length, "file MB": f"{size:.0f}"}
-        for stage, spent, peak in alone(stages, folder, Path(name, "out"), None, count, length):
-            values = {"CPU seconds": f"{spent:.1f}", "private MB": f"{peak:.0f}"}
-            table.add({"stage": stage} | about, lambda values=values: values)
+        spent, peak, fast = alone(clocked, folder, Path(name, "out"), None, count, length)
+    for kind in fast[0]:
+        mean = sum(each[kind] for each in fast) / len(fast)
+        rates.add({"kind": kind}, lambda mean=mean: {"per second": f"{mean:.3g}"})
+    about = {"tokens": count * length, "file MB": f"{size:.0f}", "private MB": f"{peak:.0f}"}
+    for part in ("forward", "head", "backward", "statistics", "decompositions", "files"):
+        values = about | {"CPU seconds": f"{spent[part]:.2f}"}
+        table.add({"part": part}, lambda values=values: values)
 
 
-PARTS = {"svd": svd, "smollm2": smollm2}
+PARTS = {"spectra": spectra, "svd": svd, "smollm2": smollm2}
 
 
 def main() -> None:

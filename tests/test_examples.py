@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ import warnings
 import pytest
 import tokenizers
 import torch
+import torch.distributed as dist
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
@@ -212,14 +214,45 @@ def test_other_text_or_weights_are_refused(make, llama, tmp_path, monkeypatch):
         compress_checkpoint.main(given)
 
 
-def test_two_workers_agree_with_one(make, llama, tmp_path):
+@pytest.fixture
+def together():
+    """What torchrun tells each of two workers, but for its rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    local = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return meet | local.get(sys.platform, {})
+
+
+def add_share(rank, folder, together):
+    os.environ.update(together, RANK=str(rank))
+    dist.init_process_group("gloo")
+    share = torch.load(folder / f"share-{rank}.pt", weights_only=False)
+    torch.save(compress_checkpoint.add_up(share), folder / f"sum-{rank}.pt")
+
+
+def test_two_processes_add_exactly(tmp_path, together):
+    torch.manual_seed(0)
+    model, shares = torch.nn.Linear(9, 7), []
+    for rank, rows in enumerate((20, 33)):
+        how = {"loss": lambda output: [output.square().sum()], "weighted": True}
+        shares.append(lrf.collect_statistics(model, [torch.randn(rows, 9)], **how))
+        torch.save(shares[-1], tmp_path / f"share-{rank}.pt")
+    torch.multiprocessing.spawn(add_share, (tmp_path, together), nprocs=2)
+    (name,) = shares[0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"sum-{rank}.pt", weights_only=False)[name]
+        for key, right in vars(shares[0][name] + shares[1][name]).items():
+            assert torch.equal(*map(torch.as_tensor, (getattr(found, key), right))), key
+
+
+def test_two_workers_agree_with_one(make, llama, tmp_path, together):
     folder = make()
     compress_checkpoint.main(command(llama, folder, tmp_path / "one"))
-    local = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    environment = os.environ | ({"GLOO_SOCKET_IFNAME": local} if local else {})
     run = [sys.executable, compress_checkpoint.__file__, *command(llama, folder, tmp_path / "two")]
-    more = [["--worker", f"{k}/2", "--meet", str(tmp_path / "meet")] for k in range(2)]
-    workers = [subprocess.Popen([*run, *each], env=environment) for each in more]
+    environments = [os.environ | together | {"RANK": str(rank)} for rank in range(2)]
+    workers = [subprocess.Popen(run, env=environment) for environment in environments]
     try:
         assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     finally:
