@@ -76,6 +76,7 @@ def split_horizontal(layer, r):
     last.weight.data = B.view(r, m, h).transpose(0, 1)[..., None]
     return nn.Sequential(first, last)
 
+
 # %% 5: low rank for everyone
 choices, share = "aaa", 29.2
 
