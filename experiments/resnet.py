@@ -202,11 +202,10 @@ class ResnetNetworks:
         plan: Plan,
         model: nn.Module | None = None,
         sums: bool = True,
-        classifier: bool = True,
     ) -> nn.Module:
         """Truncated, then least squares: the last part of each layer, and the classifier."""
         model = self.folded if model is None else model
-        small, names = self.truncated(plan, model), [*plan, *(["fc"] if classifier else [])]
+        small, names = self.truncated(plan, model), [*plan, "fc"]
         sums = residual_sums(model) if sums else {}
         return lrf_convs.refit(model, small, self.calibration, names, sums=sums)
 
